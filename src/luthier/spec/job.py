@@ -1,0 +1,222 @@
+"""What was asked of a training run (TrainRequest, "auto" allowed) and what it came to (Settings, only values).
+
+The rules that turn "auto" into numbers live here, as pure functions of counts that the caller measured; docs/
+how-training-works.md prints them. Does not know: files, tokenizers, torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from luthier.spec.errors import BadSetting
+
+Auto = Literal["auto"]
+Method = str  # lora | rslora | dora | pissa | full | freeze:N
+Overlong = Literal["error", "drop", "truncate"]
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "bfloat16", "float32"]
+METHODS = ("lora", "rslora", "dora", "pissa", "full", "freeze:N")
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class TrainRequest(BaseModel):
+    """What the user asked for. Every field is an option of `luthier train`; the description is its help text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="Base model: a catalogue name, a local folder, or a Hub id.")
+    data: list[str] = Field(min_length=1, description="Training file(s).")
+    validation: str | None = Field(
+        default=None, description="Held-out file, or the share of distinct prompts to hold out (0.1)."
+    )
+    method: Method = Field(default="lora", description="Which weights learn: " + ", ".join(METHODS) + ".")
+    template: str | None = Field(
+        default=None, description="Chat template: a built-in name or a .jinja file; default: the model's own."
+    )
+    epochs: PositiveInt | Auto = Field(default="auto", description="Passes over the data.")
+    max_steps: PositiveInt | None = Field(default=None, description="Stop after this many optimizer steps.")
+    batch_size: PositiveInt | Auto = Field(default="auto", description="Rows per optimizer step.")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | Auto = Field(
+        default="auto", description="Peak learning rate."
+    )
+    schedule: Schedule = Field(default="cosine", description="Learning-rate shape after the warm-up.")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, description="Share of the steps that warm up.")
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Decoupled (AdamW) decay.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Gradient norm is clipped to this.")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Label smoothing.")
+    rank: PositiveInt = Field(default=16, description="LoRA rank.")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(default=None, description="LoRA alpha; default: 2 x rank.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="LoRA dropout.")
+    target_modules: list[str] = Field(
+        default_factory=list, description="Module names that get LoRA; default: every linear layer but the head."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+        default=None, description="Reaches adapter init, split, order, dropout. Chosen and recorded when absent."
+    )
+    max_length: PositiveInt | Auto = Field(default="auto", description="Longest row in tokens.")
+    overlong: Overlong = Field(default="error", description="What to do with rows over --max-length.")
+    precision: Precision = Field(default="auto", description="Weights and activations; masters are always float32.")
+    micro_tokens: PositiveInt | Auto = Field(default="auto", description="Physical tokens in one forward pass.")
+    checkpoint_every: PositiveInt | Literal["epoch"] = Field(
+        default="epoch", description="Steps between checkpoints, or `epoch`."
+    )
+    validate_every: PositiveInt | Literal["epoch"] = Field(
+        default="epoch", description="Steps between validations, or `epoch`."
+    )
+    recipe: str | None = Field(default=None, description="Named settings to start from; other options override it.")
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value: str) -> str:
+        if value in METHODS[:-1] or re.fullmatch(r"freeze:[1-9]\d*", value):
+            return value
+        raise ValueError(f"wanted one of {', '.join(METHODS)} (N: how many of the last layers learn)")
+
+    @field_validator("validation")
+    @classmethod
+    def _validation(cls, value: str | None) -> str | None:
+        share = validation_share(value)
+        if share is not None and not 0 < share < 1:
+            raise ValueError("a share to hold out lies between 0 and 1")
+        return value
+
+    @model_validator(mode="after")
+    def _neighbours(self) -> TrainRequest:
+        lora_only = {"rank", "alpha", "dropout", "target_modules"} & self.model_fields_set
+        asked = {name for name in lora_only if getattr(self, name) != type(self).model_fields[name].get_default(
+            call_default_factory=True)}
+        if asked and (self.method == "full" or self.method.startswith("freeze")):
+            raise ValueError(f"{', '.join(sorted(asked))} means nothing with method {self.method}; leave it out")
+        return self
+
+    @property
+    def uses_adapter(self) -> bool:
+        return self.method in ("lora", "rslora", "dora", "pissa")
+
+
+class Settings(BaseModel):
+    """What a request came to: numbers only. Written to RUN/spec.json beside the hashes that make a run repeatable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    steps: int
+    warmup_steps: int
+    seed: int
+    max_length: int
+    micro_tokens: int
+    precision: Literal["bfloat16", "float32"]
+    alpha: float
+
+
+def make_request(values: dict[str, Any]) -> TrainRequest:
+    """Validate options. Raises BadSetting naming the first wrong option, what was found and what was wanted."""
+    try:
+        return TrainRequest(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else None
+        wanted = first["msg"].removeprefix("Value error, ")
+        more = f" ({error.error_count()} problems in all)" if error.error_count() > 1 else ""
+        option = f"--{name.replace('_', '-')}: found {first['input']!r}; " if name else ""
+        raise BadSetting(f"{option}{wanted}{more}.", param=name, hint="See `luthier train --help`.") from error
+
+
+def validation_share(value: str | None) -> float | None:
+    """The share when `validation` is a number such as "0.1"; None when it names a file or is absent."""
+    try:
+        return float(value) if value is not None else None
+    except ValueError:
+        return None
+
+
+def auto_epochs(rows: int, text: bool = False) -> int:
+    """3 passes; more for fewer than 100 rows (about 300 row visits, at most 25), fewer past 25,000 row visits.
+
+    The shape follows OpenAI's published rule (reference: cookbook, chat fine-tuning data preparation).
+    Plain text gets one pass per 300 rows' worth at most 3: repetition there memorises.
+    """
+    if text:
+        return 3 if rows < 300 else 1
+    if rows * 3 < 100:
+        return min(25, max(1, 100 // max(rows, 1)))
+    if rows * 3 > 25_000:
+        return max(1, 25_000 // rows)
+    return 3
+
+
+def auto_batch_size(rows: int) -> int:
+    """About 1/40 of the rows, as a power of two between 4 and 32: enough steps to learn, few enough to average."""
+    if rows <= 4:
+        return max(1, rows)
+    return int(2 ** min(5, max(2, round(math.log2(rows / 40)) if rows > 40 else 2)))
+
+
+def auto_learning_rate(hidden_size: int, adapter: bool) -> float:
+    """5e-5 x (10 with an adapter) x (2000 / hidden size) ^ 0.78, two significant digits.
+
+    Source: Schulman et al., "LoRA Without Regret" (Thinking Machines, 2025), its fit for Llama-like models; the
+    factor 10 between adapter and full tuning is theirs too.
+    """
+    rate = 5e-5 * (10 if adapter else 1) * (2000 / hidden_size) ** 0.78
+    return float(f"{rate:.1e}")
+
+
+def auto_max_length(context: int) -> int:
+    """The model's context, but at most 2,048 tokens: what one forward pass holds in a laptop's memory."""
+    return min(context, 2048)
+
+
+def learning_rate_at(step: int, settings: Settings, schedule: Schedule) -> float:
+    """Rate of optimizer step `step` (0-based): linear warm-up, then the shape down to zero after the last step."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if schedule == "constant":
+        return settings.learning_rate
+    left = (settings.steps - step) / max(1, settings.steps - settings.warmup_steps)
+    shape = left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    return settings.learning_rate * shape
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # The LoRA chapter of datawhalechina/self-llm (Apache-2.0), its flaws fixed: one end marker instead of two, BOS
+    # the same in training and use, a validation split by distinct prompt, the base measured beside the result.
+    "self-llm": {
+        "method": "lora",
+        "rank": 8,
+        "alpha": 32.0,
+        "dropout": 0.1,
+        "learning_rate": 1e-4,
+        "epochs": 3,
+        "batch_size": 16,
+        "max_length": 384,
+        "overlong": "truncate",
+        "schedule": "linear",
+        "warmup": 0.0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "seed": 42,
+        "validation": "0.05",
+    },
+}
+
+
+def apply_recipe(values: dict[str, Any]) -> dict[str, Any]:
+    """Options over the recipe they name. Raises BadSetting for an unknown recipe."""
+    name = values.get("recipe")
+    if name is None:
+        return values
+    if name not in RECIPES:
+        raise BadSetting(
+            f"--recipe: found {name!r}; wanted one of {', '.join(sorted(RECIPES))}.",
+            param="recipe",
+            hint="See docs/how-training-works.md.",
+        )
+    return {**RECIPES[name], **values}

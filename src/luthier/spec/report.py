@@ -1,0 +1,49 @@
+"""What a finished run measured, as written to RUN/report.json and printed by `luthier evaluate`."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Score(BaseModel):
+    """One model on one set of held-out rows. Absent measures are null, never 0."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rows: int = Field(description="Rows measured.")
+    loss: float | None = Field(default=None, description="Mean negative log-likelihood per supervised token, nats.")
+    token_accuracy: float | None = Field(default=None, description="Share of supervised tokens that are the argmax.")
+    exact_match: float | None = Field(default=None, description="Share of greedy answers equal to the reference.")
+    supervised_tokens: int = 0
+
+
+class Sample(BaseModel):
+    """A held-out prompt with the reference answer and what each model said."""
+
+    prompt: str
+    wanted: str
+    base: str | None = None
+    tuned: str | None = None
+
+
+class Report(BaseModel):
+    """RUN/report.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    base: Score | None = None
+    tuned: Score | None = None
+    samples: list[Sample] = []
+    steps: int = 0
+    epochs: int = 0
+    trained_tokens: int = Field(default=0, description="Tokens of all rows trained on, times epochs (logical).")
+    supervised_tokens: int = Field(default=0, description="The part of them that carried loss.")
+    physical_tokens: int = Field(default=0, description="Tokens computed: shared prefixes once.")
+    tree_ratio: float | None = Field(default=None, description="trained_tokens / physical_tokens.")
+    train_loss_first: float | None = None
+    train_loss_last: float | None = None
+    validation_loss_best: float | None = None
+    best_step: int | None = None
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    weights_changed: bool | None = Field(default=None, description="Checked against the start before publishing.")

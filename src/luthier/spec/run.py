@@ -1,0 +1,182 @@
+"""The run folder: the only thing that crosses the border between the engine and whoever started it.
+
+    RUN/
+      request.json      what was asked ("auto" allowed)
+      spec.json         what it came to, with hashes of data, base model and tokenizer
+      events.jsonl      one JSON object a line, appended whole
+      metrics.csv       one row an optimizer step
+      checkpoints/      step-00000012/ ...: appear complete, by rename
+      model/            the result: adapter or full model, tokenizer, template, generation_config
+      report.json       what was measured
+      engine.log        what the engine process printed
+      stop              the stop note: the engine checkpoints and leaves when it sees it
+      lock              held (flock) by the engine that owns the run
+
+Writers replace whole files (write beside, fsync, rename) or append whole lines; readers ignore a last half line.
+Does not know: what training is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from luthier.spec.errors import NotFound, NotNow
+
+# Events, in the order a run emits them; the value says which keys each carries beside `time` and `type`.
+EVENTS: dict[str, str] = {
+    "started": "pid, run, version, resumed_from (step or null)",
+    "phase": "name (load | data | plan | train | validate | save), message",
+    "progress": "name, done, total: long work that is not a training step",
+    "prepared": "rows, train_rows, validation_rows, tokens, supervised_tokens, physical_tokens, tree_ratio, "
+    "dropped, truncated, steps, settings (the resolved ones)",
+    "warning": "message, hint",
+    "step": "step, steps, epoch, loss, learning_rate, grad_norm, tokens, supervised_tokens, seconds, "
+    "memory_bytes, eta_seconds",
+    "validation": "step, epoch, loss, token_accuracy, supervised_tokens",
+    "checkpoint": "step, path, best (bool)",
+    "finished": "status (succeeded), model, report",
+    "stopped": "status (stopped), step, resume (the command that goes on)",
+    "failed": "status (failed), code, message, hint, param, problems",
+}
+TERMINAL = frozenset({"finished", "stopped", "failed"})
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename inside `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Replace `path` so that a reader, or a crash at any instant, sees the old bytes or the new ones, never a part."""
+    raw = data.encode() if isinstance(data, str) else data
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as handle:
+            handle.write(raw)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append one whole line in a single write, so that lines of two processes never mix.
+
+    A half line that a killed writer left is closed first: it stays one broken line instead of eating ours.
+    """
+    raw = text.encode() + b"\n"
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            raw = b"\n" + raw
+        os.write(handle, raw)
+    finally:
+        os.close(handle)
+
+
+class RunFolder:
+    """Paths and safe writes of one run."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self.request = self.path / "request.json"
+        self.spec = self.path / "spec.json"
+        self.events_file = self.path / "events.jsonl"
+        self.metrics = self.path / "metrics.csv"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.report = self.path / "report.json"
+        self.log = self.path / "engine.log"
+        self.stop_note = self.path / "stop"
+        self.lock_file = self.path / "lock"
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """An existing run. Raises NotFound when `path` is not one."""
+        run = cls(path)
+        if not run.request.is_file():
+            raise NotFound(
+                f"{run.path} is not a run folder: it has no request.json.",
+                hint="Give the folder that `luthier train --out` named, or start a run with `luthier train`.",
+            )
+        return run
+
+    def create(self, request: dict[str, Any]) -> RunFolder:
+        """Lay out a new run. Raises NotNow when the folder already holds one or cannot be written."""
+        if self.request.exists():
+            raise NotNow(
+                f"{self.path} already holds a run.",
+                hint=f"Go on with it (`luthier train --resume {self.path}`) or name another --out.",
+                param="out",
+            )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_json(self.request, request)
+        except OSError as error:
+            raise NotNow(
+                f"The run folder {self.path} cannot be written: {error.strerror}.",
+                hint="Choose a folder that you may write to with --out.",
+                param="out",
+            ) from error
+        return self
+
+    def emit(self, type: str, **fields: Any) -> None:
+        """Append one event. `type` is one of EVENTS."""
+        assert type in EVENTS, type
+        event = {"time": round(time.time(), 3), "type": type, **fields}
+        append_line(self.events_file, json.dumps(event, ensure_ascii=False, allow_nan=False, default=str))
+
+    def events(self, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Whole events from byte `offset` on, each with the offset after it. A last half line is left for later."""
+        if not self.events_file.exists():
+            return
+        with open(self.events_file, "rb") as handle:
+            handle.seek(offset)
+            for line in handle:
+                if not line.endswith(b"\n"):
+                    return
+                offset += len(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue  # a half line left by a killed writer, closed by the next append_line
+                yield offset, event
+
+    def ask_to_stop(self) -> None:
+        write_whole(self.stop_note, "stop\n")
+
+    @property
+    def stop_asked(self) -> bool:
+        return self.stop_note.exists()
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the run's lock; the kernel lets go of it however this process ends. Raises NotNow when it is held."""
+        with open(self.lock_file, "a+") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise NotNow(
+                    f"Another process is working on {self.path}.",
+                    hint="Wait for it, or end it; then try again.",
+                ) from error
+            yield
