@@ -32,8 +32,9 @@ $(STAMP): requirements.lock pyproject.toml
 	  echo "Making $(VENV) with $$("$$found" --version)"; \
 	  "$$found" -m venv --clear $(VENV); \
 	fi
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@echo "Installing the locked packages into $(VENV) (torch is large: minutes on a slow line)"
+	@if [ -t 1 ]; then say=; else say=-qq; fi; $(RUN) -m pip install $$say --disable-pip-version-check -r requirements.lock
+	@$(RUN) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Two workers with one thread each: torch's own threads would fight over the cores.
