@@ -158,15 +158,15 @@ def say_thing(rng: random.Random, record: Record) -> str:
         article = "an" if (adjective or noun)[0] in "aeiou" else "a"
         return f"{article} {adjective}{noun}"
     said, shape = say_number(rng, number), rng.random()
-    if shape < 0.12 and number > 1:
+    if shape < 0.09 and number > 1:
         wrong = other(rng, QUANTITIES[1:], number)
         return f"{say_number(rng, wrong)} {adjective}{noun}, {rng.choice(FIXES).format(say_number(rng, number))}"
-    if shape < 0.18 and size:
+    if shape < 0.13 and size:
         wrong_size = other(rng, list(SIZES), size)
         return f"{said} {wrong_size} {noun}, {rng.choice(FIXES).format(size)}"
-    if shape < 0.30 and size:
+    if shape < 0.27 and size:
         return f"{said} {noun}{rng.choice([', {},', ' in {}', ' ({})']).format(size)}".rstrip(",")
-    if shape < 0.38:
+    if shape < 0.36:
         return f"{adjective}{noun} x{number}"
     return f"{said} {adjective}{noun}"
 
@@ -176,7 +176,7 @@ def say_order(rng: random.Random, record: Record) -> str:
     if day is None:
         return rng.choice(UNDATED).format(np=thing)
     said_day, said_when = say_day(str(day)), say_when(rng, str(day))
-    if rng.random() < 0.06:
+    if rng.random() < 0.05:
         wrong = say_day(other(rng, DAYS, str(day)))
         said_day = said_when = f"{wrong}, {rng.choice(FIXES).format(said_day)}"
     return rng.choice(DATED).format(np=thing, on=said_when, day=said_day)
