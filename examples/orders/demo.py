@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from rich.box import HORIZONTALS as LINES
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -63,7 +64,7 @@ def run(command: list[str], stdout: IO[bytes] | None = None) -> None:
 
 def luthier(*arguments: str, stdout: IO[bytes] | None = None) -> None:
     """A `luthier` command of the environment that this script runs in."""
-    console.print(f"[dim]$ luthier {' '.join(arguments)}[/]")
+    console.print(f"[dim]$ luthier {' '.join(arguments)}[/]", soft_wrap=True)
     run([str(Path(sys.executable).with_name("luthier")), *arguments], stdout)
 
 
@@ -99,7 +100,7 @@ def messages() -> dict[str, str]:
     return {row[-1]["content"]: row[-2]["content"] for row in turns}
 
 
-def one_line(text: str | None, limit: int = 90) -> str:
+def one_line(text: str | None, limit: int = 120) -> str:
     shown = " / ".join((text or "").split("\n"))
     return escape(shown if len(shown) <= limit else shown[: limit - 1] + "…")
 
@@ -107,27 +108,23 @@ def one_line(text: str | None, limit: int = 90) -> str:
 def answers(samples: list[dict[str, Any]]) -> Table:
     """Held-out messages with the record wanted and what each model said."""
     wrote = messages()
-    table = Table(title=f"The first {len(samples)} held-out messages", show_lines=True, title_justify="left")
-    table.add_column("the customer wrote", ratio=2)
-    table.add_column("wanted, and what the models said", ratio=3)
-    table.add_column("", width=1)
+    table = Table(
+        title=f"The first {len(samples)} held-out messages", title_justify="left", show_header=False, box=LINES
+    )
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for sample in samples:
         right = sample["tuned"] == sample["wanted"]
-        said = [
-            f"[bold]wanted[/] {one_line(sample['wanted'])}",
-            f"[dim]base   {one_line(sample['base'])}[/]",
-            f"[{'green' if right else 'red'}]tuned[/]  {one_line(sample['tuned'])}",
-        ]
-        table.add_row(
-            escape(wrote.get(sample["wanted"], sample["prompt"])),
-            "\n".join(said),
-            "[green]✓[/]" if right else "[red]✗[/]",
-        )
+        colour, tick = ("green", "✓") if right else ("red", "✗")
+        table.add_row("customer", f"[bold]{one_line(wrote.get(sample['wanted'], sample['prompt']))}[/]")
+        table.add_row("wanted", one_line(sample["wanted"]))
+        table.add_row("[dim]base[/]", f"[dim]{one_line(sample['base'])}[/]")
+        table.add_row(f"[{colour}]tuned  {tick}[/]", f"[{colour}]{one_line(sample['tuned'])}[/]", end_section=True)
     return table
 
 
 def scores(base: dict[str, Any], tuned: dict[str, Any]) -> Table:
-    table = Table(title=f"Measured on {tuned['rows']} held-out messages", title_justify="left")
+    table = Table(title=f"Measured on {tuned['rows']} held-out messages", title_justify="left", box=LINES)
     for name in ("", "before", "after"):
         table.add_column(name, justify="right" if name else "left")
     for label, key, form in (
@@ -147,7 +144,7 @@ def what_next() -> None:
         (f"luthier data show {TRAIN} --model {MODEL}", "see which tokens were learnt"),
         (f"luthier train --model {MODEL} --data YOURS.jsonl", "tune it on your own file"),
     ):
-        console.print(f"  {command:<62} [dim]{why}[/]")
+        console.print(f"  {command}\n      [dim]{why}[/]", soft_wrap=True)
 
 
 def demo() -> int:
