@@ -41,9 +41,7 @@ class TrainRequest(BaseModel):
     epochs: PositiveInt | Auto = Field(default="auto", description="Passes over the data.")
     max_steps: PositiveInt | None = Field(default=None, description="Stop after this many optimizer steps.")
     batch_size: PositiveInt | Auto = Field(default="auto", description="Rows per optimizer step.")
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] | Auto = Field(
-        default="auto", description="Peak learning rate."
-    )
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | Auto = Field(default="auto", description="Peak learning rate.")
     schedule: Schedule = Field(default="cosine", description="Learning-rate shape after the warm-up.")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, description="Share of the steps that warm up.")
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Decoupled (AdamW) decay.")
@@ -88,8 +86,11 @@ class TrainRequest(BaseModel):
     @model_validator(mode="after")
     def _neighbours(self) -> TrainRequest:
         lora_only = {"rank", "alpha", "dropout", "target_modules"} & self.model_fields_set
-        asked = {name for name in lora_only if getattr(self, name) != type(self).model_fields[name].get_default(
-            call_default_factory=True)}
+        asked = {
+            name
+            for name in lora_only
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+        }
         if asked and (self.method == "full" or self.method.startswith("freeze")):
             raise ValueError(f"{', '.join(sorted(asked))} means nothing with method {self.method}; leave it out")
         return self

@@ -1,0 +1,271 @@
+"""Files to training rows: read, render, fit to the length, split off validation; everything lost is counted.
+
+Rows live in flat arrays (4 bytes a token), so that 100,000 of them are megabytes. Does not know: batches, torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from luthier.data.formats import read_examples
+from luthier.data.read import hash_file
+from luthier.data.render import Renderer
+from luthier.spec.data import Example, Problem, Rendered, Text
+from luthier.spec.errors import BadData, NotFound
+from luthier.spec.job import Overlong
+
+Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
+KEPT_PROBLEMS = 1_000  # shown in full; the rest is counted
+
+
+class Rows:
+    """Many rows in flat arrays. `rows[i]` is (ids int32 [T], weights float32 [T])."""
+
+    def __init__(self) -> None:
+        self._ids: list[npt.NDArray[np.int32]] = []
+        self._weights: list[npt.NDArray[np.float32]] = []
+        self.sources: list[int] = []
+        self.keys: list[bytes] = []
+        self.tokens = 0
+        self.supervised = 0
+        self.text = False
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        return self._ids[index], self._weights[index]
+
+    def __iter__(self) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+        return zip(self._ids, self._weights, strict=True)
+
+    def add(self, ids: Sequence[int], weights: Sequence[float], source: int, key: bytes) -> None:
+        row_ids, row_weights = np.asarray(ids, dtype=np.int32), np.asarray(weights, dtype=np.float32)
+        self._add(row_ids, row_weights, source, key)
+
+    def _add(self, ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32], source: int, key: bytes) -> None:
+        self._ids.append(ids)
+        self._weights.append(weights)
+        self.sources.append(source)
+        self.keys.append(key)
+        self.tokens += len(ids)
+        self.supervised += int(np.count_nonzero(weights))
+
+    def length(self, index: int) -> int:
+        return len(self._ids[index])
+
+    def longest(self) -> int:
+        return max(map(len, self._ids), default=0)
+
+    def select(self, indices: Sequence[int]) -> Rows:
+        chosen = Rows()
+        chosen.text = self.text
+        for index in indices:
+            chosen._add(self._ids[index], self._weights[index], self.sources[index], self.keys[index])
+        return chosen
+
+    def digest(self) -> str:
+        """Hash of all ids and weights: what training really saw."""
+        total = hashlib.sha256()
+        for ids, weights in self:
+            total.update(len(ids).to_bytes(8, "little"))
+            total.update(ids.tobytes())
+            total.update(weights.tobytes())
+        return total.hexdigest()
+
+
+@dataclass
+class Prepared:
+    """Rows of one or more files and the account of what became of every record."""
+
+    rows: Rows
+    records: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    lost_tokens: int = 0
+    lost_supervised: int = 0
+    longest: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+    warnings: list[Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    problem_count: int = 0
+    warning_count: int = 0
+
+    def note(self, problem: Problem) -> None:
+        kept = self.problems if problem.severity == "error" else self.warnings
+        if problem.severity == "error":
+            self.problem_count += 1
+        else:
+            self.warning_count += 1
+        if len(kept) < KEPT_PROBLEMS:
+            kept.append(problem)
+
+
+def prepare(
+    paths: Sequence[str | Path],
+    renderer: Renderer,
+    *,
+    max_length: int,
+    overlong: Overlong = "error",
+    progress: Progress | None = None,
+) -> Prepared:
+    """Read, check, render and fit every record of `paths`.
+
+    Raises NotFound for a missing file and BadData, with all problems found, when any record cannot be trained on or
+    nothing is left to learn. Rows over `max_length` tokens are problems (`error`), left out (`drop`) or cut at their
+    end (`truncate`); a row that a cut would leave without a learnt token is left out and counted as dropped.
+    """
+    prepared = Prepared(Rows())
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise NotFound(f"No data file {path}.", param="data", hint="Check the path given with --data.")
+        prepared.files[str(path)] = hash_file(path)
+        _prepare_file(path, renderer, prepared, max_length, overlong, progress)
+    if prepared.problem_count:
+        raise _bad_data(prepared)
+    if not prepared.rows.supervised:
+        lost = f" {prepared.dropped} rows were dropped for their length." if prepared.dropped else ""
+        raise BadData(
+            f"Nothing would be trained: none of the {prepared.records} records has a token to learn.{lost}",
+            hint="Look at `luthier data show` and at --max-length.",
+        )
+    return prepared
+
+
+def _prepare_file(
+    path: Path,
+    renderer: Renderer,
+    prepared: Prepared,
+    max_length: int,
+    overlong: Overlong,
+    progress: Progress | None,
+) -> None:
+    def examples() -> Iterator[Example]:
+        for item in read_examples(path, on_bytes=progress):
+            if isinstance(item, Problem):
+                prepared.note(item)
+            else:
+                prepared.records += 1
+                yield item
+
+    for example, rendered in renderer.try_render(examples()):
+        if isinstance(rendered, Problem):
+            prepared.note(_in_file(rendered, path))
+            continue
+        if isinstance(example, Text):
+            prepared.rows.text = True
+            rendered = [window for row in rendered for window in windows(row, max_length)]
+        key = _prompt_key(rendered)
+        for row in rendered:
+            _fit(row, key, prepared, max_length, overlong, path)
+
+
+def _fit(row: Rendered, key: bytes, prepared: Prepared, max_length: int, overlong: Overlong, path: Path) -> None:
+    length = len(row.ids)
+    prepared.longest = max(prepared.longest, length)
+    if not row.supervised and not prepared.rows.text:
+        prepared.note(Problem(row.line, "", "no token to learn", "an answer", row=row.source, file=str(path)))
+        return
+    if length > max_length:
+        if overlong == "error":
+            answer = (
+                "the end of its answer" if row.weights[max_length - 1] or any(row.weights[max_length:]) else "its end"
+            )
+            prepared.note(
+                Problem(
+                    row.line,
+                    "",
+                    f"a row of {length} tokens that would lose {answer}",
+                    f"at most {max_length}",
+                    "Raise --max-length, shorten the row, or choose --overlong drop or truncate.",
+                    row=row.source,
+                    file=str(path),
+                )
+            )
+            return
+        kept = row.weights[:max_length]
+        if overlong == "drop" or not any(kept):
+            prepared.dropped += 1
+            prepared.lost_tokens += length
+            prepared.lost_supervised += row.supervised
+            return
+        prepared.truncated += 1
+        prepared.lost_tokens += length - max_length
+        prepared.lost_supervised += row.supervised - sum(1 for weight in kept if weight)
+        row = Rendered(row.ids[:max_length], kept, row.source, row.line)
+    if row.supervised:
+        prepared.rows.add(row.ids, row.weights, row.source, key)
+
+
+def windows(row: Rendered, max_length: int) -> list[Rendered]:
+    """Cut a long text into rows of at most `max_length` tokens; every token is learnt exactly once.
+
+    The last token of a window opens the next one, as context with weight 0.
+    """
+    step = max(1, max_length - 1)
+    pieces = []
+    for start in range(0, max(1, len(row.ids) - 1), step):
+        ids = row.ids[start : start + max_length]
+        weights = [0.0, *row.weights[start + 1 : start + max_length]]
+        pieces.append(Rendered(ids, weights[: len(ids)], row.source, row.line))
+    return pieces
+
+
+def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+    """(training, validation) rows: whole prompts move together, so no prompt is on both sides.
+
+    Raises BadData when there are fewer than two distinct prompts.
+    """
+    keys = sorted(set(rows.keys), key=lambda key: hashlib.sha256(seed.to_bytes(8, "little") + key).digest())
+    if len(keys) < 2:
+        raise BadData(
+            "A validation share needs at least two distinct prompts, and the data has one.",
+            param="validation",
+            hint="Give a validation file, or leave --validation out.",
+        )
+    wanted = max(1, round(len(rows) * share))
+    sizes: dict[bytes, int] = {}
+    for key in rows.keys:
+        sizes[key] = sizes.get(key, 0) + 1
+    held: set[bytes] = set()
+    count = 0
+    for key in keys[:-1]:  # never everything
+        if count >= wanted:
+            break
+        held.add(key)
+        count += sizes[key]
+    train = [index for index, key in enumerate(rows.keys) if key not in held]
+    validation = [index for index, key in enumerate(rows.keys) if key in held]
+    return rows.select(train), rows.select(validation)
+
+
+def _prompt_key(rendered: Sequence[Rendered]) -> bytes:
+    """What makes prompts the same: the ids before the first learnt token; for texts, the row's own first ids."""
+    if not rendered:
+        return b""
+    row = rendered[0]
+    first = next((n for n, weight in enumerate(row.weights) if weight), len(row.ids))
+    basis = row.ids[:first] if first > 1 else row.ids
+    return hashlib.sha256(np.asarray(basis, dtype=np.int32).tobytes()).digest()
+
+
+def _in_file(problem: Problem, path: Path) -> Problem:
+    fields = problem.as_dict()
+    fields["file"] = str(path)
+    return Problem(**fields)
+
+
+def _bad_data(prepared: Prepared) -> BadData:
+    count = prepared.problem_count
+    first = prepared.problems[0]
+    return BadData(
+        f"{count} problem{'s' if count > 1 else ''} in the data; the first: {first}",
+        problems=prepared.problems,
+        hint="`luthier data show FILE --model M` lists them all.",
+    )

@@ -1,0 +1,88 @@
+"""Losses as pure functions of logits or log-probabilities and weights, and the head that feeds them.
+
+The normaliser is an argument everywhere: the sum of weights over the whole optimizer step, all micro-batches and all
+ranks, so that accumulation equals one big batch. The head runs at target positions only, a slice at a time, and each
+slice's gradient is taken at once, so logits never exist for more than one slice.
+
+Shapes: N targets, V vocabulary, H hidden size. Does not know: forests, optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+SLICE_ELEMENTS = 32 * 1024 * 1024  # logits in one slice: 128 MiB in float32
+
+Head = Callable[[Tensor], Tensor]
+
+
+def supervised(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Weighted sum of negative log-likelihoods, nats; not divided by anything. logits [N, V] float32 -> scalar.
+
+    With label smoothing e the target distribution is (1 - e) one-hot + e uniform (Szegedy et al., 2016).
+    """
+    log_probs = logits.log_softmax(dim=-1)
+    nll = -log_probs.gather(1, targets[:, None]).squeeze(1)
+    if smoothing:
+        nll = (1 - smoothing) * nll - smoothing * log_probs.mean(dim=-1)
+    return (nll * weights).sum()
+
+
+def head_of(model: torch.nn.Module) -> Head:
+    """Hidden states [N, H] to float32 logits [N, V], with the scaling or soft cap of the model's own forward."""
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    embeddings = model.get_output_embeddings()  # type: ignore[operator]
+    cap = getattr(config, "final_logit_softcapping", None)
+    divide = getattr(config, "logits_scaling", None) or 1.0
+    times = getattr(config, "logit_scale", None) or 1.0
+
+    def head(hidden: Tensor) -> Tensor:
+        logits: Tensor = embeddings(hidden).float()
+        if divide != 1.0 or times != 1.0:
+            logits = logits * (times / divide)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return head
+
+
+def slices(count: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, SLICE_ELEMENTS // vocabulary)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def backward(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    weights: Tensor,
+    normaliser: float,
+    vocabulary: int,
+    smoothing: float = 0.0,
+) -> float:
+    """Loss of hidden states [N, H] at their targets, and its gradient through everything below; returns its value."""
+    leaf = hidden.detach().requires_grad_()
+    total = 0.0
+    for part in slices(len(targets), vocabulary):
+        loss = supervised(head(leaf[part]), targets[part], weights[part], smoothing) / normaliser
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    if leaf.grad is not None and hidden.requires_grad:
+        hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
+    return total
+
+
+@torch.no_grad()
+def measure(
+    hidden: Tensor, head: Head, targets: Tensor, weights: Tensor, vocabulary: int
+) -> tuple[float, float, float]:
+    """(weighted nll, weighted hits, weight) of hidden states [N, H]: sums, so that any batching gives the same mean."""
+    nll = hits = 0.0
+    for part in slices(len(targets), vocabulary):
+        logits = head(hidden[part])
+        nll += float(supervised(logits, targets[part], weights[part]).double())
+        hits += float(((logits.argmax(dim=-1) == targets[part]) * weights[part]).sum())
+    return nll, hits, float(weights.sum())

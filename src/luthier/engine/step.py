@@ -1,0 +1,143 @@
+"""One forest through one model: hidden states, loss with gradient, or sums of a measurement.
+
+Training, validation, evaluation and the self-check all go through here. Does not know: optimizers, files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luthier.engine import attention, forest, loss
+from luthier.engine.forest import Forest, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums over supervised tokens; any two can be added, so no batch size can change a mean."""
+
+    nll: float = 0.0
+    hits: float = 0.0
+    weight: float = 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.nll + other.nll, self.hits + other.hits, self.weight + other.weight)
+
+    @property
+    def loss(self) -> float | None:
+        return self.nll / self.weight if self.weight else None
+
+    @property
+    def token_accuracy(self) -> float | None:
+        return self.hits / self.weight if self.weight else None
+
+
+def inner(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def hidden_states(model: Any, tree: Forest) -> Tensor:
+    """Last hidden states at the forest's target sources, [N, H]."""
+    device = next(model.parameters()).device
+    plan = attention.Plan(tree, device)
+    with attention.active(plan):
+        output = inner(model).get_decoder()(
+            input_ids=torch.from_numpy(tree.token_ids).to(device)[None],
+            position_ids=plan.positions[None],
+            use_cache=False,
+        )
+    states: Tensor = output.last_hidden_state[0]
+    return states.index_select(0, torch.from_numpy(tree.sources).to(device))
+
+
+def forward_backward(model: Any, tree: Forest, normaliser: float, smoothing: float = 0.0) -> float:
+    """Add this forest's gradients to the parameters; returns its share of the step's mean loss (nats per token)."""
+    if not len(tree.sources):
+        return 0.0
+    hidden = hidden_states(model, tree)
+    targets, weights = _targets(tree, hidden.device)
+    base = inner(model)
+    return loss.backward(hidden, loss.head_of(base), targets, weights, normaliser, _vocabulary(base), smoothing)
+
+
+@torch.no_grad()
+def measure(model: Any, tree: Forest) -> Sums:
+    if not len(tree.sources):
+        return Sums()
+    hidden = hidden_states(model, tree)
+    targets, weights = _targets(tree, hidden.device)
+    base = inner(model)
+    return Sums(*loss.measure(hidden, loss.head_of(base), targets, weights, _vocabulary(base)))
+
+
+def measure_rows(
+    model: Any,
+    rows: Sequence[Row],
+    micro_tokens: int,
+    *,
+    part: slice = slice(None),
+    progress: Callable[[int, int], None] | None = None,
+) -> Sums:
+    """Sums over many rows, in forests of at most `micro_tokens`; `part` takes a share of them (ranks)."""
+    was_training = model.training
+    model.eval()
+    total = Sums()
+    batches = forest.plan(rows, micro_tokens)[part]
+    try:
+        for done, batch in enumerate(batches, 1):
+            total += measure(model, forest.build([rows[index] for index in batch]))
+            if progress:
+                progress(done, len(batches))
+    finally:
+        model.train(was_training)
+    return total
+
+
+def plain_log_probs(model: Any, ids: Sequence[int]) -> Tensor:
+    """Log-probabilities [T-1] of ids[1:] by the model's own forward, nothing of ours in the way: the self-check's twin.
+
+    The attention implementation must be one of transformers' own while this runs.
+    """
+    device = next(model.parameters()).device
+    tokens = torch.tensor([list(ids)], device=device)
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+    picked: Tensor = logits.log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1)
+    return picked
+
+
+def self_check(model: Any, rows: Sequence[Row]) -> float:
+    """Largest difference, nats per token, between rows in one forest and the same rows through the model's own
+    forward. A model whose head or attention does something that our path does not know shows up here."""
+    sample = sorted(rows, key=lambda row: len(row[0]))[:3]
+    base = inner(model)
+    was_training = model.training
+    model.eval()
+    try:
+        ours = [measure(model, forest.build([row])) for row in sample]
+        together = measure(model, forest.build(sample))
+        base.set_attn_implementation("sdpa")
+        own = [float((-plain_log_probs(model, row[0]) * _learnt(row)).sum()) for row in sample]
+    finally:
+        base.set_attn_implementation(attention.NAME)
+        model.train(was_training)
+    worst = max(abs(one.nll - plain) / max(one.weight, 1) for one, plain in zip(ours, own, strict=True))
+    return max(worst, abs(together.nll - sum(own)) / max(together.weight, 1))
+
+
+def _learnt(row: Row) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(row[1][1:]))
+
+
+def _targets(tree: Forest, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(tree.targets).to(device), torch.from_numpy(tree.weights).to(device)
+
+
+def _vocabulary(base: Any) -> int:
+    return int(base.config.get_text_config().vocab_size)
