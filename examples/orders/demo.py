@@ -28,7 +28,7 @@ FOLDER = Path("demo-run")  # below ROOT, where every step is run
 MARK = ROOT / FOLDER / ".made-by-luthier-demo"
 MODEL = "smollm2-135m-instruct"
 TRAIN, HELD_OUT, RUN = FOLDER / "data/train.jsonl", FOLDER / "data/held-out.jsonl", FOLDER / "run"
-# One pass is enough for this task; two cores need about three minutes for it. The seed makes two demos alike.
+# One pass over the rows keeps the demo short. The seed makes two demos alike.
 OPTIONS = ["--epochs", "1", "--seed", "7"]
 PASSING = 0.85
 SHOWN = 8
