@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2 import nodes
@@ -35,9 +36,9 @@ class TemplateRefused(UserError):
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}` as other trainers write it: we find spans another way, so pass through."""
+    """`{% generation %} ... {% endgeneration %}` as other trainers write it; we find spans another way."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> list[nodes.Node]:
         next(parser.stream)
@@ -101,7 +102,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
             return False
         return bool(super().is_safe_attribute(obj, attr, value))
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, as in Jinja
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name == "replace" and len(args) >= 2:
             _check_size(len(owner) + owner.count(args[0]) * len(args[1]))
@@ -180,60 +181,12 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-# Ours, for bases that bring none, or whose own cannot express the data (tools). Written for Luthier.
-_CHATML = """\
-{%- if tools %}
-{{- '<|im_start|>system\\n' }}
-{%- if messages and messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{% endif %}
-{{- 'You can call these functions. Answer with one <tool_call>{"name": ..., "arguments": {...}}</tool_call> for each call.' }}
-{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{% endfor %}
-{{- '<|im_end|>\\n' }}
-{%- elif messages and messages[0].role == 'system' %}
-{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-{%- if message.role == 'system' and not loop.first %}{{- raise_exception('a system message must come first') }}{% endif %}
-{%- if message.role != 'system' %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content }}
-{%- for call in message.tool_calls or [] %}
-{{- ('\\n' if message.content or not loop.first else '') + '<tool_call>' }}
-{{- {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}
-{{- '</tool_call>' }}
-{%- endfor %}
-{{- '<|im_end|>\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
-
-_GEMMA = """\
-{{- bos_token }}
-{%- set start = 0 %}
-{%- set opening = '' %}
-{%- if messages and messages[0].role == 'system' %}
-{%- set opening = messages[0].content + '\\n\\n' %}
-{%- set start = 1 %}
-{%- endif %}
-{%- if tools %}{{- raise_exception('this template has no place for tools') }}{% endif %}
-{%- for message in messages[start:] %}
-{%- if message.role not in ['user', 'assistant'] %}{{- raise_exception('no place for role ' + message.role) }}{% endif %}
-{{- '<start_of_turn>' + ('model' if message.role == 'assistant' else 'user') + '\\n' }}
-{{- (opening if loop.first else '') + message.content + '<end_of_turn>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{% endif %}"""
-
-_PLAIN = """\
-{%- if tools %}{{- raise_exception('this template has no place for tools') }}{% endif %}
-{%- for message in messages %}
-{%- if message.role == 'assistant' %}
-{{- 'Assistant: ' + message.content + eos_token + '\\n' }}
-{%- elif message.role in ['system', 'user'] %}
-{{- ('User: ' if message.role == 'user' else '') + message.content + '\\n' }}
-{%- else %}{{- raise_exception('no place for role ' + message.role) }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- 'Assistant: ' }}{% endif %}"""
-
-BUILT_IN: dict[str, str] = {"chatml": _CHATML, "gemma": _GEMMA, "plain": _PLAIN}
+# Ours, for bases that bring none, or whose own cannot express the data (tools): data/templates/NAME.jinja.
+BUILT_IN: dict[str, str] = {
+    file.name.removesuffix(".jinja"): file.read_text(encoding="utf-8").rstrip("\n")
+    for file in sorted(files("luthier.data").joinpath("templates").iterdir(), key=lambda file: file.name)
+    if file.name.endswith(".jinja")
+}
 
 
 def choose_template(asked: str | None, own: str | None, vocabulary: Callable[[str], bool]) -> tuple[str, str]:

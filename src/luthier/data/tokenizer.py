@@ -230,7 +230,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _byte_level_table() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte (Radford et al., 2019): printable bytes are themselves, the rest 256+."""
+    """GPT-2's printable stand-in for each byte (Radford et al., 2019): printable ones are themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]
