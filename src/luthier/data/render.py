@@ -13,16 +13,16 @@ Does not know: files, batches, torch.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.data.answer import answer_text, parse_answer
+from luthier.data.expressed import lost
 from luthier.data.template import ChatTemplate, TemplateRefused, choose_template
 from luthier.data.tokenizer import CLOSE, OPEN, IncrementalText, Tokenizer
-from luthier.spec.data import Chat, Completion, Example, Message, Problem, Rendered, Text, ToolCall
+from luthier.spec.data import Chat, Completion, Example, Message, Problem, Rendered, Text
 from luthier.spec.errors import BadSetting, UserError
 
 _PROBE = "Xyzzy"
@@ -144,7 +144,7 @@ class Renderer:
             text = self.template.render(turns, kit, True)
         except TemplateRefused as error:
             raise Unrenderable(Problem(0, "messages", error.message, "messages that the template accepts")) from error
-        self._check_context(Chat(tuple(messages), tuple(tools)), text)
+        self._check(Chat(tuple(messages), tuple(tools)), text, (), {})
         return self._ids([_Marked(self._mark(turns, kit, text, upto=len(turns))[0], ())])[0].ids
 
     def completion_prompt(self, prompt: str) -> list[int]:
@@ -334,59 +334,10 @@ class Renderer:
             weights[0] = 0.0  # nothing comes before the first token, so nothing can predict it
         return Rendered(whole, weights)
 
-    # -- what the template must not lose ------------------------------------------------------------------------
-
-    def _check(self, chat: Chat, text: str, learnt: list[int], seen: dict[int, tuple[int, int]]) -> None:
-        for n in learnt:
-            message = chat.messages[n]
-            start, end = seen[n]
-            missing = _missing(self._expected(message), text[start:end])
-            if missing is not None:
-                raise self._refuse(
-                    chat,
-                    f"messages[{n}]",
-                    f"an answer that the template does not write ({_short(missing)} is lost)",
-                    "a template that expresses it",
-                    "Use --template chatml for tool calls." if message.tool_calls else "Choose another --template.",
-                )
-        self._check_context(chat, text, frozenset(learnt))
-
-    def _check_context(self, chat: Chat, text: str, learnt: frozenset[int] = frozenset()) -> None:
-        """Every message and every tool must be in the text: a template that drops one drops what the answer needs."""
-        squeezed = _squeeze(text)
-        for n, message in enumerate(chat.messages):
-            if n in learnt:
-                continue
-            expected = self._expected(message)
-            if message.role == "assistant":
-                expected = [part.rsplit("</think>", 1)[-1] for part in expected]
-            missing = _missing(expected, squeezed, squeezed=True)
-            if missing is not None:
-                raise self._refuse(
-                    chat,
-                    f"messages[{n}]",
-                    f"a {message.role} message that the template drops ({_short(missing)})",
-                    "a template that shows it to the model",
-                    "Choose another --template.",
-                )
-        for n, tool in enumerate(chat.tools):
-            name = str((tool.get("function") or {}).get("name", ""))
-            if name and _squeeze(self.tokenizer.break_control(name)) not in squeezed:
-                raise self._refuse(
-                    chat,
-                    f"tools[{n}]",
-                    f"a tool ({name}) that the template does not show to the model",
-                    "a template with tools",
-                    "Use --template chatml.",
-                )
-
-    def _expected(self, message: Message) -> list[str]:
-        broken = self.tokenizer.break_control
-        parts = [broken(message.content)]
-        for call in message.tool_calls:
-            parts.append(broken(call.name))
-            parts += [broken(leaf) for leaf in _leaves(call.arguments)]
-        return parts
+    def _check(self, chat: Chat, text: str, learnt: Sequence[int], seen: dict[int, tuple[int, int]]) -> None:
+        answers = {n: text[slice(*seen[n])] for n in learnt}
+        if (problem := lost(chat, text, answers, self.tokenizer.break_control)) is not None:
+            raise Unrenderable(problem)
 
     def _refuse(self, chat: Chat, field: str, found: str, wanted: str, hint: str = "") -> Unrenderable:
         return Unrenderable(Problem(chat.line, field, found, wanted, hint, row=chat.row))
@@ -434,61 +385,3 @@ class Renderer:
 
     def stream(self) -> IncrementalText:
         return self.tokenizer.stream()
-
-
-_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-
-
-def parse_answer(text: str) -> Message:
-    """Text to a message; `<tool_call>{...}</tool_call>` blocks become tool calls when all of them are valid."""
-    calls: list[ToolCall] = []
-    for block in _TOOL_CALL.findall(text):
-        try:
-            value = json.loads(block)
-            calls.append(ToolCall(str(value["name"]), value.get("arguments", {}), f"call_{len(calls)}"))
-        except (ValueError, KeyError, TypeError):
-            return Message("assistant", text)
-    if not calls:
-        return Message("assistant", text)
-    return Message("assistant", _TOOL_CALL.sub("", text).strip(), tool_calls=tuple(calls))
-
-
-def answer_text(message: Message) -> str:
-    """A reference answer as one text, for exact match: the content, then each call as compact JSON."""
-    calls = [
-        json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False) for call in message.tool_calls
-    ]
-    return "\n".join([part for part in (message.content, *calls) if part])
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
-
-
-def _missing(parts: Iterable[str], text: str, squeezed: bool = False) -> str | None:
-    """The first part that is not in `text`, white space aside (templates trim and indent)."""
-    inside = text if squeezed else _squeeze(text)
-    for part in parts:
-        as_json = json.dumps(part, ensure_ascii=False)[1:-1]  # how a template shows a text inside JSON
-        if _squeeze(part) not in inside and _squeeze(as_json) not in inside:
-            return part
-    return None
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Texts and numbers inside tool-call arguments, as a template must show them in some layout."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, str):
-        yield value
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield json.dumps(value)
-
-
-def _short(text: str, limit: int = 40) -> str:
-    return repr(text if len(text) <= limit else text[: limit - 1] + "…")

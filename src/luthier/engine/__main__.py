@@ -1,0 +1,71 @@
+"""`python -m luthier.engine RUN`: a process's only way into the engine. Carries out the run folder it is given.
+
+Ends with code 0 when the run succeeded or was stopped as asked, else with the error's own code; the last event says
+which. Does not know: who started it.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from luthier.spec.errors import BadData, Broken, LuthierError
+from luthier.spec.run import RunFolder
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python -m luthier.engine RUN", file=sys.stderr)
+        return 2
+    try:
+        run = RunFolder.open(arguments[0])
+    except LuthierError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return carry_out(run)
+
+
+def carry_out(run: RunFolder) -> int:
+    import torch.distributed as dist
+
+    from luthier.engine.train import train
+
+    leads = not dist.is_torchelastic_launched() or _first_rank()
+    try:
+        if not leads:
+            train(run)
+            return 0
+        with run.owned():
+            return _told(run, lambda: train(run))
+    except LuthierError as error:  # the lock is held: that run's events are not ours to write
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _first_rank() -> bool:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank() == 0
+
+
+def _told(run: RunFolder, work: object) -> int:
+    """Do the work; whatever ends it is told in a last event. The one place that catches everything."""
+    try:
+        work()  # type: ignore[operator]
+        return 0
+    except LuthierError as error:
+        failure = error
+    except MemoryError:
+        failure = Broken("Memory ran out.", hint="Lower --micro-tokens or --max-length, or choose a smaller base.")
+    except Exception as error:
+        traceback.print_exc()
+        failure = Broken(f"{type(error).__name__}: {error}", hint=f"The whole story is in {run.log}.")
+    problems = [problem.as_dict() for problem in failure.problems] if isinstance(failure, BadData) else []
+    run.emit("failed", status="failed", **failure.as_dict(), problems=problems)
+    return failure.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""AdamW on float32 masters, whatever the model computes in.
+
+A bfloat16 weight near 1.0 cannot move by less than 0.004, so small updates would vanish. The masters take the updates
+and the model's copies are rounded from them after each step. Gradients of micro-batches are added up in float32 too.
+With float32 weights the masters are the weights. Does not know: losses, schedules, files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+class Masters:
+    """Float32 masters of the trainable parameters, by name, with their AdamW state (Loshchilov & Hutter, 2019)."""
+
+    def __init__(self, parameters: Mapping[str, Parameter], weight_decay: float) -> None:
+        self.parameters = dict(parameters)
+        self.values: dict[str, Tensor] = {
+            name: parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
+            for name, parameter in self.parameters.items()
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.values.values(), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, foreach=True
+        )
+
+    def collect(self) -> None:
+        """Move the gradients of a micro-batch from the parameters to the masters."""
+        for name, parameter in self.parameters.items():
+            master = self.values[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            parameter.grad = None
+
+    def reduce(self) -> None:
+        """Add up the gradients of all ranks; a rank that had no micro-batch adds zeros."""
+        if not dist.is_initialized():
+            return
+        for master in self.values.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        flat = torch.cat([master.grad.flatten() for master in self.values.values() if master.grad is not None])
+        dist.all_reduce(flat)
+        start = 0
+        for master in self.values.values():
+            assert master.grad is not None
+            master.grad.copy_(flat[start : start + master.numel()].view_as(master.grad))
+            start += master.numel()
+
+    def step(self, learning_rate: float, max_norm: float) -> float:
+        """Clip, update, and round the model's weights from the masters; returns the gradient norm before clipping.
+
+        A non-finite norm changes nothing, so that the caller can stop with the weights as they were.
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.values.values()), max_norm))
+        if norm == norm and norm != float("inf"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+            self.publish()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self.values[name] is not parameter:
+                parameter.copy_(self.values[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything to go on, as named tensors: master.*, first.*, second.* moments."""
+        tensors = {f"master.{name}": value.detach() for name, value in self.values.items()}
+        for name, value in self.values.items():
+            state = self.optimizer.state.get(value)
+            if state:
+                tensors[f"first.{name}"] = state["exp_avg"]
+                tensors[f"second.{name}"] = state["exp_avg_sq"]
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        for name, value in self.values.items():
+            value.copy_(tensors[f"master.{name}"])
+            if f"first.{name}" in tensors:
+                self.optimizer.state[value] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": tensors[f"first.{name}"].clone(),
+                    "exp_avg_sq": tensors[f"second.{name}"].clone(),
+                }
+        self.publish()

@@ -1,0 +1,288 @@
+"""Everything between a request and the first step: base, data, settings, adapter, and every check that can fail early.
+
+Order matters. What a run can be refused for is found out before anything slow or irreversible: data before weights,
+a dry run of the final save before step 1, and a proof that our forward pass is the model's own.
+Does not know: the loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.data.dataset import Prepared, Rows, prepare, split
+from luthier.data.render import Renderer
+from luthier.engine import attention, catalogue, forest, models, publish, step
+from luthier.engine.optimizer import Masters
+from luthier.spec.errors import BadData, BadSetting, Broken, UserError
+from luthier.spec.job import (
+    Settings,
+    TrainRequest,
+    auto_batch_size,
+    auto_epochs,
+    auto_learning_rate,
+    auto_max_length,
+    validation_share,
+)
+from luthier.spec.run import RunFolder, write_json
+
+MIN_MICRO_TOKENS = 2048
+SELF_CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # nats per token
+
+
+@dataclass
+class Ready:
+    """A run that can take its first step."""
+
+    request: TrainRequest
+    settings: Settings
+    renderer: Renderer
+    base_folder: Path
+    base_hash: str
+    train: Rows
+    validation: Rows | None
+    prepared: Prepared
+    model: Any
+    masters: Masters
+    initial: dict[str, str]
+    notes: list[str]
+
+    @property
+    def rows(self) -> int:
+        return len(self.train)
+
+
+Emit = Callable[..., None]
+
+
+def make_ready(run: RunFolder, request: TrainRequest, emit: Emit, resumed: dict[str, Any] | None) -> Ready:
+    """Load and check everything. `resumed` is the spec.json of an earlier attempt, which must still hold.
+
+    Raises UserError kin for data, settings and models that cannot be trained.
+    """
+    emit("phase", name="load", message=f"Loading {request.model}")
+    base_folder = catalogue.resolve(request.model)
+    renderer = Renderer.load(base_folder, request.template)
+    base_hash = catalogue.content_hash(base_folder)
+    max_length = _max_length(request, renderer)
+
+    emit("phase", name="data", message=f"Reading {', '.join(request.data)}")
+    prepared, train, validation, seed = _read_data(request, renderer, max_length, emit, resumed)
+    for warning in prepared.warnings[:20]:
+        emit("warning", message=str(warning), hint="")
+    if prepared.warning_count > 20:
+        emit(
+            "warning", message=f"{prepared.warning_count - 20} more warnings about the data.", hint="luthier data show"
+        )
+
+    precision = request.precision if request.precision != "auto" else models.default_precision()
+    model = models.load_base(base_folder, precision)
+    hidden_size = int(model.config.get_text_config().hidden_size)
+    settings = settle(request, train, seed, max_length, precision, hidden_size, train.text)
+    spec = {
+        "request": request.model_dump(),
+        "settings": settings.model_dump(),
+        "base": {"folder": str(base_folder), "hash": base_hash},
+        "template": {"name": renderer.template.name, "source": renderer.template.source},
+        "stop_ids": list(renderer.stop_ids),
+        "data": {"files": prepared.files, "rows": train.digest()},
+        "validation": {"rows": validation.digest() if validation else None},
+    }
+    if resumed is not None:
+        _must_agree(resumed, spec)
+    elif emit is not _silent:
+        write_json(run.spec, spec)
+
+    attention.install(model)
+    notes = _still(model)
+    model = models.attach(model, request, settings)
+    trainable = models.trainable(model)
+    if not trainable:
+        raise BadSetting("Nothing would be trained: no weight of this model is chosen.", param="method")
+    masters = Masters(trainable, request.weight_decay)
+    notes += publish.dry_run(model, run.model)
+    _prove_path(model, train, precision)
+    initial = publish.fingerprint(masters.values)
+    for note in notes:
+        emit("warning", message=note, hint="")
+    return Ready(
+        request, settings, renderer, base_folder, base_hash, train, validation, prepared, model, masters, initial, notes
+    )
+
+
+def _silent(*_: Any, **__: Any) -> None:
+    """The emit of ranks other than 0."""
+
+
+def _max_length(request: TrainRequest, renderer: Renderer) -> int:
+    context = renderer.tokenizer.context
+    if request.max_length == "auto":
+        return auto_max_length(context)
+    if request.max_length > context:
+        raise BadSetting(
+            f"--max-length: found {request.max_length}; this model reads at most {context} tokens.",
+            param="max_length",
+            hint=f"Choose {context} or less.",
+        )
+    return request.max_length
+
+
+def _read_data(
+    request: TrainRequest, renderer: Renderer, max_length: int, emit: Emit, resumed: dict[str, Any] | None
+) -> tuple[Prepared, Rows, Rows | None, int]:
+    def read(paths: list[str], name: str) -> Prepared:
+        last = -1
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            share = 20 * done // max(total, 1)
+            if share != last:
+                last = share
+                emit("progress", name=name, done=done, total=total)
+
+        return prepare(paths, renderer, max_length=max_length, overlong=request.overlong, progress=progress)
+
+    prepared = read(request.data, "data")
+    if resumed is not None:
+        seed = int(resumed["settings"]["seed"])
+    else:
+        seed = request.seed if request.seed is not None else secrets.randbelow(2**31)
+    share = validation_share(request.validation)
+    if share is not None:
+        train, validation = split(prepared.rows, share, seed)
+        return prepared, train, validation, seed
+    if request.validation is None:
+        return prepared, prepared.rows, None, seed
+    try:
+        held = read([request.validation], "validation")
+    except BadData as error:
+        error.param = "validation"
+        raise
+    return prepared, prepared.rows, held.rows, seed
+
+
+def settle(
+    request: TrainRequest, train: Rows, seed: int, max_length: int, precision: str, hidden_size: int, text: bool
+) -> Settings:
+    """Every "auto" becomes a number."""
+    rows = len(train)
+    epochs = auto_epochs(rows, text) if request.epochs == "auto" else request.epochs
+    batch_size = auto_batch_size(rows) if request.batch_size == "auto" else request.batch_size
+    batch_size = min(batch_size, rows)
+    steps = -(-rows * epochs // batch_size)
+    if request.max_steps is not None:
+        steps = min(steps, request.max_steps)
+    rate = request.learning_rate
+    return Settings(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=auto_learning_rate(hidden_size, request.uses_adapter) if rate == "auto" else rate,
+        steps=steps,
+        warmup_steps=min(steps - 1, round(steps * request.warmup)),
+        seed=seed,
+        max_length=max_length,
+        micro_tokens=MIN_MICRO_TOKENS if request.micro_tokens == "auto" else request.micro_tokens,
+        precision="bfloat16" if precision == "bfloat16" else "float32",
+        alpha=2.0 * request.rank if request.alpha is None else request.alpha,
+    )
+
+
+def _must_agree(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """A resumed run must be the same run: same base, data, template and settings, by content."""
+    for key, words in (
+        ("base", "the base model"),
+        ("template", "the chat template"),
+        ("data", "the training data"),
+        ("validation", "the validation data"),
+        ("settings", "the settings"),
+    ):
+        left, right = before[key], now[key]
+        if key == "base":
+            left, right = left["hash"], right["hash"]
+        if key == "data":
+            left, right = left["rows"], right["rows"]
+        if left != right:
+            raise UserError(
+                f"The run cannot go on: {words} changed since it was started.",
+                hint="Put it back as it was, or start a new run.",
+                param=key,
+            )
+
+
+def _still(model: Any) -> list[str]:
+    """Attention dropout would need a random mask inside every block; it is turned off, and said."""
+    found = sorted(
+        {
+            float(module.attention_dropout)
+            for module in model.modules()
+            if isinstance(getattr(module, "attention_dropout", None), float) and module.attention_dropout > 0
+        }
+    )
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return [f"The base's attention dropout of {found[-1]} is turned off while tuning."] if found else []
+
+
+def _prove_path(model: Any, train: Rows, precision: str) -> None:
+    """Refuse to train a model that we do not compute as it computes itself."""
+    candidates = [train[index] for index in range(min(len(train), 64))]
+    shortest = sorted(candidates, key=lambda row: len(row[0]))[:3]
+    clipped = [(ids[:512], weights[:512]) for ids, weights in shortest]
+    gap = step.self_check(model, [row for row in clipped if row[1].any()] or shortest)
+    if not gap <= SELF_CHECK_TOLERANCE[precision]:
+        raise Broken(
+            f"Self-check failed: our forward pass differs from the model's own by {gap:.4f} nats per token.",
+            hint="This architecture is not supported yet; please report it with the model's config.json.",
+        )
+
+
+def totals(rows: Rows, settings: Settings) -> dict[str, Any]:
+    """What a run will compute: logical, supervised and physical tokens of one pass, planned as steps will be."""
+    physical = 0
+    order = position_order(len(rows), settings.seed, 0)
+    for start in range(0, len(rows), settings.batch_size):
+        physical += forest.physical_tokens([rows[int(index)] for index in order[start : start + settings.batch_size]])
+    return {
+        "tokens": rows.tokens,
+        "supervised_tokens": rows.supervised,
+        "physical_tokens": physical,
+        "tree_ratio": round(rows.tokens / physical, 3) if physical else None,
+    }
+
+
+def position_order(rows: int, seed: int, epoch: int) -> Any:
+    """The order of rows in an epoch: a function of (seed, epoch) alone, so a resumed run needs no memory of it."""
+    import numpy as np
+
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def step_rows(position: int, count: int, rows: int, seed: int) -> list[int]:
+    """Row indices at positions [position, position + count) of the endless sequence of shuffled epochs."""
+    picked: list[int] = []
+    while count > 0:
+        epoch, offset = divmod(position, rows)
+        part = position_order(rows, seed, epoch)[offset : offset + count]
+        picked += [int(index) for index in part]
+        position += len(part)
+        count -= len(part)
+    return picked
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed torch from a tuple of numbers: dropout masks follow from (seed, step, micro-batch), not from history."""
+    import numpy as np
+
+    state = np.random.SeedSequence(list(numbers)).generate_state(2)
+    torch.manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def describe(prepared: Prepared) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(prepared).items() if isinstance(value, int)}

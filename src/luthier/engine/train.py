@@ -1,0 +1,351 @@
+"""The one loop, readable top to bottom: forward and backward over forests, one update, events, checkpoints, the end.
+
+The loop is rank-aware: every rank plans the same step and takes its share of the micro-batches; gradients are added up,
+and the loss was divided by the supervised weight of the whole step beforehand, so the number of ranks, like the size
+of a micro-batch, changes nothing but speed. Only rank 0 writes.
+
+Everything random follows from (seed, step): a resumed run continues bit for bit, having stored no generator state.
+Does not know: who started it, who watches.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from luthier import __version__
+from luthier.engine import checkpoint, forest, publish
+from luthier.engine.setup import Ready, _silent, make_ready, seed_everything, step_rows, totals
+from luthier.engine.step import Sums, forward_backward, measure_rows
+from luthier.spec.errors import Broken, UserError
+from luthier.spec.job import TrainRequest, learning_rate_at
+from luthier.spec.report import Report, Score
+from luthier.spec.run import RunFolder, append_line, write_json, write_whole
+
+METRICS = (
+    "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "seconds",
+    "validation_loss", "validation_token_accuracy",
+)  # fmt: skip
+
+
+class Stopped(Exception):
+    """The stop note was found; the run is at a checkpoint."""
+
+
+def train(run: RunFolder) -> None:
+    """Carry out the run in `run`, from its newest checkpoint when there is one. Emits a terminal event on success and
+    when stopped; raises what refuses or ends it (the caller emits `failed`)."""
+    rank, ranks = _join()
+    emit = run.emit if rank == 0 else _silent
+    begun = time.monotonic()
+    request = TrainRequest.model_validate_json(run.request.read_text(encoding="utf-8"))
+    if rank == 0:
+        run.stop_note.unlink(missing_ok=True)
+    found, damaged = checkpoint.newest(run.checkpoints)
+    resumed = _read_spec(run) if found else None
+    start = int(found[1]["step"]) if found else 0
+    emit("started", pid=os.getpid(), run=str(run.path), version=__version__, resumed_from=start if found else None)
+    for step in damaged:
+        emit("warning", message=f"The checkpoint of step {step} is damaged; it is passed over.", hint="")
+
+    ready = make_ready(run, request, emit, resumed)
+    loop = Loop(run, ready, emit, rank, ranks)
+    loop.announce()
+    if found:
+        ready.masters.load(found[0], start)
+        loop.restore(start, found[1]["progress"])
+    try:
+        loop.go(start)
+    except Stopped:
+        emit("stopped", status="stopped", step=loop.step, resume=f"luthier train --resume {run.path}")
+        return
+    loop.finish(time.monotonic() - begun)
+
+
+class Loop:
+    """State of a training run between steps: `progress` is all that a checkpoint keeps beside the tensors."""
+
+    def __init__(self, run: RunFolder, ready: Ready, emit: Any, rank: int, ranks: int) -> None:
+        self.run, self.ready, self.emit, self.rank, self.ranks = run, ready, emit, rank, ranks
+        self.settings, self.request = ready.settings, ready.request
+        self.step = 0
+        self.progress: dict[str, Any] = {
+            "best_loss": None, "best_step": None, "base": None, "last": None, "first_loss": None, "last_loss": None,
+            "tokens": 0, "supervised": 0, "physical": 0, "seconds": 0.0,
+        }  # fmt: skip
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def go(self, start: int) -> None:
+        self.step = start
+        if start == 0:
+            self._start_metrics()
+            if self.ready.validation is not None:
+                self.progress["base"] = self._validate()
+        self.emit("phase", name="train", message=f"Training for {self.settings.steps} steps")
+        while self.step < self.settings.steps:
+            measured = self._one_step(self.step)
+            self.step += 1
+            validation = self._validate() if self._due(self.request.validate_every) else None
+            self._record(measured, validation)
+            stop = self._stop_asked()
+            if self._due(self.request.checkpoint_every) or stop:
+                self._checkpoint()
+            if stop and self.step < self.settings.steps:
+                raise Stopped
+
+    def _one_step(self, step: int) -> dict[str, Any]:
+        """One optimizer step over `batch_size` rows; returns its measurements (sums over all ranks)."""
+        begun = time.monotonic()
+        settings, ready = self.settings, self.ready
+        position = step * settings.batch_size
+        count = min(settings.batch_size, settings.epochs * ready.rows - position)
+        rows = [ready.train[index] for index in step_rows(position, count, ready.rows, settings.seed)]
+        normaliser = float(sum(weights.sum() for _, weights in rows))
+        tokens = loss = 0.0
+        ready.model.train()
+        for micro, batch in enumerate(forest.plan(rows, settings.micro_tokens)):
+            if micro % self.ranks != self.rank:
+                continue
+            tree = forest.build([rows[index] for index in batch])
+            seed_everything(settings.seed, step, micro)
+            loss += forward_backward(ready.model, tree, normaliser, self.request.label_smoothing)
+            ready.masters.collect()
+            tokens += tree.tokens
+        ready.masters.reduce()
+        loss, tokens = _add_up(loss, tokens)
+        rate = learning_rate_at(step, settings, self.request.schedule)
+        norm = ready.masters.step(rate, self.request.max_grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"The loss became {loss} (gradient norm {norm}) at step {step + 1}; the weights were left as they were.",
+                hint="Lower --learning-rate. The last checkpoint is intact.",
+                param="learning_rate",
+            )
+        return {
+            "step": step + 1,
+            "epoch": round((position + count) / ready.rows, 4),
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": sum(len(ids) for ids, _ in rows),
+            "supervised_tokens": int(sum((weights > 0).sum() for _, weights in rows)),
+            "physical_tokens": int(tokens),
+            "seconds": time.monotonic() - begun,
+        }
+
+    def _due(self, every: int | str) -> bool:
+        """Whether step `self.step` ends a stretch: N steps, or an epoch; the last step always does."""
+        if self.step >= self.settings.steps:
+            return True
+        if every == "epoch":
+            seen = self.step * self.settings.batch_size
+            return seen // self.ready.rows > (seen - self.settings.batch_size) // self.ready.rows
+        return self.step % int(every) == 0
+
+    def _stop_asked(self) -> bool:
+        """All ranks must agree, or some would wait for ever: rank 0 looks, the others hear."""
+        asked = torch.tensor(float(self.rank == 0 and self.run.stop_asked))
+        if dist.is_initialized():
+            dist.broadcast(asked, src=0)
+        return bool(asked)
+
+    # -- measuring -----------------------------------------------------------------------------------------------
+
+    def _validate(self) -> dict[str, Any] | None:
+        """Exact held-out loss and token accuracy: sums over all rows, whatever the batches and ranks."""
+        rows = self.ready.validation
+        if rows is None:
+            return None
+        self.emit("phase", name="validate", message=f"Validating on {len(rows)} rows")
+        sums = measure_rows(
+            self.ready.model,
+            [rows[index] for index in range(len(rows))],
+            self.settings.micro_tokens,
+            part=slice(self.rank, None, self.ranks),
+            progress=lambda done, total: self.emit("progress", name="validate", done=done, total=total),
+        )
+        total = Sums(*_add_up(sums.nll, sums.hits, sums.weight))
+        score = Score(
+            rows=len(rows), loss=total.loss, token_accuracy=total.token_accuracy, supervised_tokens=rows.supervised
+        ).model_dump()
+        self.progress["last"] = score
+        best = self.progress["best_loss"]
+        if self.step and total.loss is not None and (best is None or total.loss < best):
+            self.progress.update(best_loss=total.loss, best_step=self.step)
+        self.emit(
+            "validation",
+            step=self.step,
+            epoch=round(self.step * self.settings.batch_size / self.ready.rows, 4),
+            loss=total.loss,
+            token_accuracy=total.token_accuracy,
+            supervised_tokens=rows.supervised,
+        )
+        return score
+
+    def announce(self) -> None:
+        prepared, rows = self.ready.prepared, self.ready.validation
+        self.emit("phase", name="plan", message="Planning the forests")
+        self.emit(
+            "prepared",
+            rows=prepared.records,
+            train_rows=self.ready.rows,
+            validation_rows=len(rows) if rows else 0,
+            **totals(self.ready.train, self.settings),
+            dropped=prepared.dropped,
+            truncated=prepared.truncated,
+            lost_tokens=prepared.lost_tokens,
+            lost_supervised_tokens=prepared.lost_supervised,
+            longest=prepared.longest,
+            steps=self.settings.steps,
+            settings=self.settings.model_dump(),
+            template=self.ready.renderer.template.name,
+        )
+        if prepared.dropped or prepared.truncated:
+            self.emit(
+                "warning",
+                message=f"{prepared.dropped} rows were dropped and {prepared.truncated} cut at "
+                f"{self.settings.max_length} tokens; {prepared.lost_supervised} tokens to learn were lost.",
+                hint="Raise --max-length to keep them.",
+            )
+
+    # -- what is written -----------------------------------------------------------------------------------------
+
+    def _record(self, measured: dict[str, Any], validation: dict[str, Any] | None) -> None:
+        progress = self.progress
+        progress["first_loss"] = measured["loss"] if progress["first_loss"] is None else progress["first_loss"]
+        progress["last_loss"] = measured["loss"]
+        progress["tokens"] += measured["tokens"]
+        progress["supervised"] += measured["supervised_tokens"]
+        progress["physical"] += measured["physical_tokens"]
+        progress["seconds"] += measured["seconds"]
+        if self.rank:
+            return
+        left = self.settings.steps - self.step
+        self.emit(
+            "step",
+            **measured,
+            steps=self.settings.steps,
+            memory_bytes=peak_memory(),
+            eta_seconds=round(progress["seconds"] / self.step * left, 1),
+        )
+        scores = validation or {}
+        append_line(
+            self.run.metrics,
+            _csv([*(measured[name] for name in METRICS[:8]), scores.get("loss"), scores.get("token_accuracy")]),
+        )
+
+    def _start_metrics(self) -> None:
+        if self.rank == 0:
+            write_whole(self.run.metrics, _csv(METRICS) + "\n")
+
+    def restore(self, step: int, progress: dict[str, Any]) -> None:
+        """Go back to the checkpoint's place: later lines of metrics.csv belong to steps that will be taken again."""
+        self.step, self.progress = step, progress
+        if self.rank == 0 and self.run.metrics.is_file():
+            lines = self.run.metrics.read_text(encoding="utf-8").splitlines()
+            kept = [
+                line for line in lines[1:] if line.count(",") == len(METRICS) - 1 and int(line.split(",")[0]) <= step
+            ]
+            write_whole(self.run.metrics, "\n".join([_csv(METRICS), *kept]) + "\n")
+
+    def _checkpoint(self) -> None:
+        best = self.progress["best_step"] == self.step
+        if self.rank == 0:
+            path = checkpoint.save(
+                self.run.checkpoints, self.step, self.ready.masters.state(), {"progress": self.progress}
+            )
+            checkpoint.prune(self.run.checkpoints, {self.step, self.progress["best_step"] or self.step})
+            self.emit("checkpoint", step=self.step, path=str(path), best=best)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def finish(self, seconds: float) -> None:
+        """Publish the result, after checking it, and the report."""
+        if self.rank:
+            return
+        ready, progress = self.ready, self.progress
+        self.emit("phase", name="save", message="Checking and saving the result")
+        changed = publish.publish(
+            ready.model,
+            weights=ready.masters.values,
+            initial=ready.initial,
+            request=self.request,
+            base_folder=ready.base_folder,
+            base_hash=ready.base_hash,
+            template=ready.renderer.template.source,
+            stop_ids=ready.renderer.stop_ids,
+            pad_id=ready.renderer.tokenizer.pad_id,
+            out=self.run.model,
+        )
+        for note in changed:
+            self.emit("warning", message=note, hint="")
+        report = Report(
+            base=Score(**progress["base"]) if progress["base"] else None,
+            tuned=Score(**progress["last"]) if progress["last"] else None,
+            steps=self.step,
+            epochs=self.settings.epochs,
+            trained_tokens=progress["tokens"],
+            supervised_tokens=progress["supervised"],
+            physical_tokens=progress["physical"],
+            tree_ratio=round(progress["tokens"] / progress["physical"], 3) if progress["physical"] else None,
+            train_loss_first=progress["first_loss"],
+            train_loss_last=progress["last_loss"],
+            validation_loss_best=progress["best_loss"],
+            best_step=progress["best_step"],
+            seconds=round(seconds, 2),
+            peak_memory_bytes=peak_memory(),
+            weights_changed=True,
+        )
+        write_json(self.run.report, report.model_dump())
+        self.emit("finished", status="succeeded", model=str(self.run.model), report=report.model_dump())
+
+
+def _join() -> tuple[int, int]:
+    """(rank, ranks): one process, or those that torchrun started."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _add_up(*values: float) -> tuple[float, ...]:
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return tuple(total.tolist())
+
+
+def _read_spec(run: RunFolder) -> dict[str, Any]:
+    import json
+
+    try:
+        spec: dict[str, Any] = json.loads(run.spec.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Broken(
+            f"{run.spec} cannot be read, so the run cannot go on: {error}.", hint="Start a new run."
+        ) from error
+    return spec
+
+
+def _csv(values: Any) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(["" if value is None else value for value in values])
+    return line.getvalue()
+
+
+def peak_memory() -> int:
+    """Most bytes of memory this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
