@@ -14,6 +14,7 @@ from typing import Any
 from luthier.data.messages import (
     MISSING,
     Findings,
+    check_function,
     check_turns,
     json_text,
     read_call,
@@ -209,8 +210,9 @@ def _tools(value: dict[str, Any], findings: Findings) -> tuple[dict[str, Any], .
     if not isinstance(functions, list):
         findings.error("functions", shown(functions), "a list of functions")
         return ()
-    wrapped = [{"type": "function", "function": function} for function in functions]
-    return read_tools(wrapped, "functions", findings)
+    for index, function in enumerate(functions):
+        check_function(function, f"functions[{index}]", findings)
+    return tuple({"type": "function", "function": function} for function in functions)
 
 
 def _completion(value: dict[str, Any], findings: Findings) -> Example:

@@ -91,12 +91,13 @@ def check_turns(messages: Sequence[Message], at: str, findings: Findings) -> Non
     answers = [(index, turn) for index, turn in enumerate(messages) if turn.role == "assistant"]
     if not answers:
         findings.error(at, "no assistant message", "at least one", "There is no answer to learn from.")
-    elif not any(turn.weight for _, turn in answers):
+        return
+    if not any(turn.weight for _, turn in answers):
         findings.error(at, "weight 0 on every assistant message", "weight 1 on at least one, or no weight at all")
     for index, turn in answers:
         if turn.weight and not turn.tool_calls and not turn.content.strip():
             findings.warn(f"{at}[{index}].content", "a blank answer", "text", "Blank answers teach blank answers.")
-    if messages and messages[-1].role != "assistant":
+    if messages[-1].role != "assistant":
         found, hint = f'"{messages[-1].role}" in the last message', "What follows the last answer is never learnt."
         findings.warn(f"{at}[{len(messages) - 1}].role", found, "assistant", hint)
 
@@ -312,17 +313,18 @@ def read_tools(value: Any, at: str, findings: Findings, *, bare: bool = False) -
         if not isinstance(item, dict):
             findings.error(place, shown(item), "a tool, an object with type and function")
         elif not wrapped:
-            _check_function(item, place, findings)
+            check_function(item, place, findings)
             made.append({"type": "function", "function": item})
         else:
             if item.get("type") != "function":
                 findings.error(f"{place}.type", shown(item.get("type", MISSING)), '"function"')
-            _check_function(item.get("function", MISSING), f"{place}.function", findings)
+            check_function(item.get("function", MISSING), f"{place}.function", findings)
             made.append(item)
     return tuple(made)
 
 
-def _check_function(value: Any, at: str, findings: Findings) -> None:
+def check_function(value: Any, at: str, findings: Findings) -> None:
+    """What templates rely on in the description of a function; everything else in it is the user's."""
     if not isinstance(value, dict):
         findings.error(at, shown(value), "an object with name, description and parameters")
         return

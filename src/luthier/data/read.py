@@ -10,8 +10,8 @@ import codecs
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from io import BufferedReader
+from pathlib import Path
 from typing import Any
 
 from luthier.data.strict_json import JsonFault, parse_json, scan_partial, scan_value, skip_space
@@ -105,9 +105,24 @@ class _Source:
         self.on_bytes = on_bytes
         self._told = 0
 
-    def line(self, limit: int) -> bytes:
-        """Up to and including the next b"\\n" (and no other line break), at most `limit` bytes."""
-        return self._count(self.handle.readline(limit))
+    def line(self) -> tuple[bytes, int]:
+        """The next line, ended by b"\\n" and no other line break, and its size; (b"", 0) at the end.
+
+        Of a line longer than MAX_RECORD only the size comes back: it is read over and never held whole.
+        """
+        raw = self._count(self.handle.readline(_CHUNK))
+        size = len(raw)
+        if size < _CHUNK or raw.endswith(b"\n"):
+            return raw, size
+        pieces = [raw]
+        while raw and not raw.endswith(b"\n"):
+            raw = self._count(self.handle.readline(_CHUNK))
+            size += len(raw)
+            pieces.append(raw)
+            if size > MAX_RECORD + 1:
+                pieces.clear()
+        whole = size - raw.endswith(b"\n") <= MAX_RECORD
+        return b"".join(pieces) if whole else b"", size
 
     def block(self, size: int) -> bytes:
         return self._count(self.handle.read(size))
@@ -180,15 +195,14 @@ def _pretty(first: bytes) -> bool:
 
 def _lines(source: _Source) -> Iterator[Record | Problem]:
     number = row = 0
-    offset = source.offset
-    while raw := source.line(MAX_RECORD + 1):
+    while True:
+        start = source.offset
+        raw, size = source.line()
+        if not size:
+            break
         number += 1
-        start, offset = offset, source.offset
-        if len(raw) > MAX_RECORD and not raw.endswith(b"\n"):
-            del raw
+        if not raw:
             row += 1
-            size = _skip_line(source) - start
-            offset = source.offset
             yield source.problem(
                 number,
                 f"a line of {size:,} bytes",
@@ -203,17 +217,9 @@ def _lines(source: _Source) -> Iterator[Record | Problem]:
         yield source.no_records()
 
 
-def _skip_line(source: _Source) -> int:
-    """Read to the end of the line without keeping it; returns the offset of its last byte's end."""
-    while rest := source.line(_CHUNK):
-        if rest.endswith(b"\n"):
-            return source.offset - 1
-    return source.offset
-
-
 def _record(source: _Source, raw: bytes, number: int, row: int, start: int) -> Record | Problem:
     try:
-        return Record(number, row, parse_json(raw.decode("utf-8")))
+        return Record(number, row, parse_json(raw.rstrip(_BLANK).decode("utf-8")))
     except UnicodeDecodeError as error:
         return source.not_utf8(number, row, start + error.start, raw[error.start])
     except JsonFault as fault:

@@ -94,8 +94,8 @@ def scan_partial(text: str, start: int, *, final: bool) -> tuple[Any, int] | Non
         return None
     except RecursionError:
         raise _too_deep(None) from None
-    if end == len(text) and not final:
-        return None  # a number may go on
+    if not final and isinstance(value, int | float) and end > len(text) - 3:
+        return None  # a number may go on, past a "." or "e+" that says so only with the digit behind it
     _check(text, start, end, value)
     return value, end
 
@@ -110,7 +110,7 @@ def _skip_refused(text: str, start: int, final: bool, refused: _Refused) -> None
         raise _explain(text, error) from None
     except RecursionError:
         raise _too_deep(None) from None
-    if end < len(text) or final:
+    if final or end <= len(text) - 3:  # else it may be a number that goes on
         _raise_refused(text, start, end, refused)
 
 
