@@ -149,7 +149,7 @@ def test_empty_files(tmp_path: Path, data: bytes, found: str, name: str) -> None
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="nowhere.jsonl cannot be opened"):
+    with pytest.raises(NotFound, match=r"nowhere\.jsonl cannot be opened"):
         next(read_records(tmp_path / "nowhere.jsonl"))
     with pytest.raises(NotFound):
         next(read_records(tmp_path))

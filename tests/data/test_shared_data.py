@@ -72,7 +72,7 @@ def test_arguments_of_the_drone_file() -> None:
 def test_the_toy_chat_file() -> None:
     good, problems = read_file("openai/toy_chat_fine_tuning.jsonl")
     assert problems == []
-    assert [len(example.messages) for example in good] == [3, 5, 2, 2, 3]
+    assert [len(example.messages) for example in good] == [3, 9, 2, 2, 3]
     assert max(len(turn.content) for example in good for turn in example.messages) > 20_000
 
 

@@ -60,7 +60,7 @@ def shown(value: Any) -> str:
         return "a list" if value else "an empty list"
     if isinstance(value, dict):
         return "an object with the keys " + ", ".join(list(value)[:8]) if value else "an empty object"
-    return quote(str(value))
+    return str(value) if len(str(value)) < 24 else f"{str(value)[:20]}..."  # a number, without quotes
 
 
 def text_at(holder: dict[str, Any], key: str, at: str, findings: Findings, *, optional: bool = False) -> str:
