@@ -70,7 +70,7 @@ class BaseOf:
 class Start:
     """What the learning weights were before the first step: a hash of each (of its float32 values), by name.
 
-    `tensors` keeps the values only for PiSSA, whose result is the difference to them.
+    `tensors` keeps the values of adapter weights: PiSSA's result is the difference to them.
     """
 
     hashes: Mapping[str, str]
@@ -137,13 +137,11 @@ def _matches(name: str, targets: list[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def start_of(model: nn.Module, request: TrainRequest) -> Start:
-    """Remember where learning starts. Call once, right after attach and before any step."""
-    learning = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    keep = request.method == "pissa"
+def fingerprint(values: Mapping[str, torch.Tensor]) -> Start:
+    """Remember where learning starts: the learning weights by name, right after attach and before any step."""
     return Start(
-        hashes={name: value_hash(weight) for name, weight in learning.items()},
-        tensors={name: weight.detach().float().cpu().clone() for name, weight in learning.items()} if keep else {},
+        hashes={name: value_hash(value) for name, value in values.items()},
+        tensors={name: value.detach().float().cpu().clone() for name, value in values.items() if "lora_" in name},
     )
 
 
@@ -160,7 +158,7 @@ def state_of(model: nn.Module, weights: Mapping[str, torch.Tensor], start: Start
     B A - B0 A0 = [B, -B0] [A; A0].
     """
     state = _named_as_saved(model, weights)
-    if start.tensors:
+    if _is_pissa(model):
         before = _named_as_saved(model, start.tensors)
         state = {
             key: torch.cat([now, before[key]]) if ".lora_A." in key else torch.cat([now, -before[key]], dim=1)
@@ -174,7 +172,12 @@ def _named_as_saved(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> di
     return dict(get_peft_model_state_dict(model, state_dict=plain, save_embedding_layers=False))
 
 
-def config_of(model: nn.Module, request: TrainRequest, base_folder: Path) -> dict[str, Any]:
+def _is_pissa(model: nn.Module) -> bool:
+    assert isinstance(model, PeftModel)
+    return str(model.peft_config["default"].init_lora_weights).startswith("pissa")  # type: ignore[attr-defined]
+
+
+def config_of(model: nn.Module, base_folder: Path) -> dict[str, Any]:
     """adapter_config.json for the state that `state_of` gives; every flag that scaling needs is in it."""
     assert isinstance(model, PeftModel)
     config = dict(model.peft_config["default"].to_dict())
@@ -182,7 +185,7 @@ def config_of(model: nn.Module, request: TrainRequest, base_folder: Path) -> dic
     config["inference_mode"] = True
     config["init_lora_weights"] = True
     config["target_modules"] = sorted(config["target_modules"])
-    if request.method == "pissa":
+    if _is_pissa(model):
         config["r"], config["lora_alpha"] = 2 * config["r"], 2 * config["lora_alpha"]
     return json.loads(json.dumps(config, default=_plain))  # type: ignore[no-any-return]
 

@@ -25,11 +25,13 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import luthier
 from luthier.engine import adapters
-from luthier.engine.adapters import Start
+from luthier.engine.adapters import Start, fingerprint
 from luthier.engine.sources import read_json
 from luthier.spec.errors import LuthierError, NotNow, UserError
 from luthier.spec.job import TrainRequest
 from luthier.spec.run import fsync_directory, write_json
+
+__all__ = ["Start", "dry_run", "fingerprint", "generation_settings", "publish"]
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 COPIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
@@ -40,7 +42,7 @@ def dry_run(
     *,
     request: TrainRequest,
     base_folder: Path,
-    template_text: str | None,
+    template: str | None,
     stop_ids: Sequence[int],
     pad_id: int,
     out: Path,
@@ -53,8 +55,8 @@ def dry_run(
     """
     work = _work_folder(out)
     try:
-        notes = _write_side_files(work, base_folder, template_text, stop_ids, pad_id)
-        _check_tokenizer(work, template_text)
+        notes = _write_side_files(work, base_folder, template, stop_ids, pad_id)
+        _check_tokenizer(work, template)
         need = _bytes_needed(model, request)
         free = shutil.disk_usage(work).free
         if free < need:
@@ -76,34 +78,35 @@ def publish(
     *,
     request: TrainRequest,
     base_folder: Path,
-    base_name: str,
     base_hash: str,
-    template_text: str | None,
+    template: str | None,
     stop_ids: Sequence[int],
     pad_id: int,
-    start: Start,
+    initial: Start,
     out: Path,
     weights: Mapping[str, torch.Tensor] | None = None,
+    base_name: str | None = None,
 ) -> list[str]:
     """Write the result to `out` (replaced whole when it exists) and return notes, as `dry_run` does.
 
     `weights`: the learnt values by parameter name (float32 masters); default: the model's own. An adapter is saved
     in float32; a full model in its own dtype, and `model` is left holding exactly what was saved. Raises UserError,
     with the weights kept in a `.rejected` folder that the message names, when a saved weight is not finite or none
-    changed since `start`; NotNow when the disk refuses.
+    changed since `initial` (from `fingerprint`); NotNow when the disk refuses.
     """
     learnt = dict(weights if weights is not None else _own(model))
     work = _work_folder(out)
     try:
-        notes = _write_side_files(work, base_folder, template_text, stop_ids, pad_id)
+        notes = _write_side_files(work, base_folder, template, stop_ids, pad_id)
         if request.uses_adapter:
-            _write_adapter(work, model, request, base_folder, learnt, start)
+            save_file(adapters.state_of(model, learnt, initial), work / adapters.WEIGHTS, metadata={"format": "pt"})
+            write_json(work / adapters.CONFIG, adapters.config_of(model, base_folder))
         else:
             _write_full(work, model, learnt)
-        wrong = _what_is_wrong(work, model, learnt, start, request.uses_adapter)
+        wrong = _what_is_wrong(work, model, learnt, initial, request.uses_adapter)
         if wrong is not None:
             raise _rejected(work, out, *wrong)
-        base = {"name": base_name, "folder": str(base_folder), "hash": base_hash}
+        base = {"name": base_name or request.model, "folder": str(base_folder), "hash": base_hash}
         _write_note(work, "adapter" if request.uses_adapter else "model", request.method, base)
         _move_into_place(work, out)
     except OSError as error:
@@ -151,25 +154,25 @@ def _bytes_needed(model: nn.Module, request: TrainRequest) -> int:
 
 
 def _write_side_files(
-    work: Path, base_folder: Path, template_text: str | None, stop_ids: Sequence[int], pad_id: int
+    work: Path, base_folder: Path, template: str | None, stop_ids: Sequence[int], pad_id: int
 ) -> list[str]:
     for name in COPIED:
         if (base_folder / name).is_file():
             shutil.copyfile(base_folder / name, work / name)
-    _write_tokenizer_config(work, base_folder, template_text)
+    _write_tokenizer_config(work, base_folder, template)
     values, notes = generation_settings(base_folder, stop_ids, pad_id)
     write_json(work / "generation_config.json", values)
     return notes
 
 
-def _write_tokenizer_config(work: Path, base_folder: Path, template_text: str | None) -> None:
+def _write_tokenizer_config(work: Path, base_folder: Path, template: str | None) -> None:
     """The base's settings with the training template in both places where readers look for it."""
     source = base_folder / "tokenizer_config.json"
     config = read_json(source) if source.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
     config.pop("chat_template", None)
-    if template_text is not None:
-        config["chat_template"] = template_text
-        (work / "chat_template.jinja").write_bytes(template_text.encode())
+    if template is not None:
+        config["chat_template"] = template
+        (work / "chat_template.jinja").write_bytes(template.encode())
     write_json(work / "tokenizer_config.json", config)
 
 
@@ -204,12 +207,12 @@ def generation_settings(base_folder: Path, stop_ids: Sequence[int], pad_id: int)
     return values, notes
 
 
-def _check_tokenizer(work: Path, template_text: str | None) -> None:
+def _check_tokenizer(work: Path, template: str | None) -> None:
     try:
         found = AutoTokenizer.from_pretrained(work, local_files_only=True, trust_remote_code=False).chat_template
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise UserError(f"The tokenizer of the base cannot be saved and read back: {error}", param="model") from error
-    if found != template_text:
+    if found != template:
         raise UserError(
             "The chat template does not survive saving: it reads back differently.",
             hint="Write it with plain line ends (\\n) and no surrounding whitespace.",
@@ -218,19 +221,6 @@ def _check_tokenizer(work: Path, template_text: str | None) -> None:
 
 
 # Weights
-
-
-def _write_adapter(
-    work: Path,
-    model: nn.Module,
-    request: TrainRequest,
-    base_folder: Path,
-    learnt: Mapping[str, torch.Tensor],
-    start: Start,
-) -> None:
-    state = adapters.state_of(model, learnt, start)
-    save_file(state, work / adapters.WEIGHTS, metadata={"format": "pt"})
-    write_json(work / adapters.CONFIG, adapters.config_of(model, request, base_folder))
 
 
 @torch.no_grad()
@@ -250,7 +240,7 @@ def _write_full(work: Path, model: Any, learnt: Mapping[str, torch.Tensor]) -> N
 
 
 def _what_is_wrong(
-    work: Path, model: nn.Module, learnt: Mapping[str, torch.Tensor], start: Start, adapter: bool
+    work: Path, model: nn.Module, learnt: Mapping[str, torch.Tensor], initial: Start, adapter: bool
 ) -> tuple[str, str] | None:
     """What the saved files show: (sentence, next step), or None when they can be published."""
     for path in sorted(work.glob("*.safetensors")):
@@ -262,7 +252,7 @@ def _what_is_wrong(
                         "Lower --learning-rate, and look at the losses in metrics.csv.",
                     )
     now = learnt if adapter else _own(model)
-    if all(adapters.value_hash(now[name]) == known for name, known in start.hashes.items()):
+    if all(adapters.value_hash(now[name]) == known for name, known in initial.hashes.items()):
         return (
             "No weight differs from what it was before training.",
             "Raise --learning-rate (a full bfloat16 model forgets changes below 1/256 of a weight), or train longer.",
