@@ -18,7 +18,8 @@ import torch
 
 from luthier.data.dataset import Prepared, Rows, prepare, split
 from luthier.data.render import Renderer
-from luthier.engine import attention, catalogue, forest, models, publish, step
+from luthier.engine import adapters, attention, catalogue, forest, models, publish, step
+from luthier.engine.adapters import Start
 from luthier.engine.optimizer import Masters
 from luthier.spec.errors import BadData, BadSetting, Broken, UserError
 from luthier.spec.job import (
@@ -50,7 +51,7 @@ class Ready:
     prepared: Prepared
     model: Any
     masters: Masters
-    initial: dict[str, str]
+    start: Start
     notes: list[str]
 
     @property
@@ -82,8 +83,10 @@ def make_ready(run: RunFolder, request: TrainRequest, emit: Emit, resumed: dict[
         )
 
     precision = request.precision if request.precision != "auto" else models.default_precision()
-    model = models.load_base(base_folder, precision)
-    hidden_size = int(model.config.get_text_config().hidden_size)
+    base = models.load_base(base_folder, precision)
+    if torch.cuda.is_available():
+        base.to("cuda")
+    hidden_size = int(base.config.get_text_config().hidden_size)
     settings = settle(request, train, seed, max_length, precision, hidden_size, train.text)
     spec = {
         "request": request.model_dump(),
@@ -99,20 +102,28 @@ def make_ready(run: RunFolder, request: TrainRequest, emit: Emit, resumed: dict[
     elif emit is not _silent:
         write_json(run.spec, spec)
 
-    attention.install(model)
-    notes = _still(model)
-    model = models.attach(model, request, settings)
+    attention.install(base)
+    notes = _still(base)
+    model = models.attach(base, request, settings)
+    start = adapters.start_of(model, request)
     trainable = models.trainable(model)
     if not trainable:
         raise BadSetting("Nothing would be trained: no weight of this model is chosen.", param="method")
     masters = Masters(trainable, request.weight_decay)
-    notes += publish.dry_run(model, run.model)
+    notes += publish.dry_run(
+        model,
+        request=request,
+        base_folder=base_folder,
+        template_text=renderer.template.source,
+        stop_ids=renderer.stop_ids,
+        pad_id=renderer.tokenizer.pad_id,
+        out=run.model,
+    )
     _prove_path(model, train, precision)
-    initial = publish.fingerprint(masters.values)
     for note in notes:
         emit("warning", message=note, hint="")
     return Ready(
-        request, settings, renderer, base_folder, base_hash, train, validation, prepared, model, masters, initial, notes
+        request, settings, renderer, base_folder, base_hash, train, validation, prepared, model, masters, start, notes
     )
 
 

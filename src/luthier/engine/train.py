@@ -127,7 +127,7 @@ class Loop:
         norm = ready.masters.step(rate, self.request.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
-                f"The loss became {loss} (gradient norm {norm}) at step {step + 1}; the weights were left as they were.",
+                f"The loss became {loss} (gradient norm {norm}) at step {step + 1}; the weights were not touched.",
                 hint="Lower --learning-rate. The last checkpoint is intact.",
                 param="learning_rate",
             )
@@ -278,11 +278,12 @@ class Loop:
         changed = publish.publish(
             ready.model,
             weights=ready.masters.values,
-            initial=ready.initial,
+            start=ready.start,
             request=self.request,
             base_folder=ready.base_folder,
+            base_name=self.request.model,
             base_hash=ready.base_hash,
-            template=ready.renderer.template.source,
+            template_text=ready.renderer.template.source,
             stop_ids=ready.renderer.stop_ids,
             pad_id=ready.renderer.tokenizer.pad_id,
             out=self.run.model,
