@@ -19,6 +19,10 @@ from pathlib import Path
 
 import pytest
 
+# Python processes that tests start import the package of this tree, installed or not.
+_SOURCE = str(Path(__file__).parents[1] / "src")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_SOURCE, os.environ.get("PYTHONPATH"))))
+
 from tests import tiny as tiny_models
 
 
