@@ -51,7 +51,7 @@ class Ready:
     prepared: Prepared
     model: Any
     masters: Masters
-    start: Start
+    initial: Start
     notes: list[str]
 
     @property
@@ -105,7 +105,6 @@ def make_ready(run: RunFolder, request: TrainRequest, emit: Emit, resumed: dict[
     attention.install(base)
     notes = _still(base)
     model = models.attach(base, request, settings)
-    start = adapters.start_of(model, request)
     trainable = models.trainable(model)
     if not trainable:
         raise BadSetting("Nothing would be trained: no weight of this model is chosen.", param="method")
@@ -114,16 +113,17 @@ def make_ready(run: RunFolder, request: TrainRequest, emit: Emit, resumed: dict[
         model,
         request=request,
         base_folder=base_folder,
-        template_text=renderer.template.source,
+        template=renderer.template.source,
         stop_ids=renderer.stop_ids,
         pad_id=renderer.tokenizer.pad_id,
         out=run.model,
     )
     _prove_path(model, train, precision)
+    initial = publish.fingerprint(masters.values)
     for note in notes:
         emit("warning", message=note, hint="")
     return Ready(
-        request, settings, renderer, base_folder, base_hash, train, validation, prepared, model, masters, start, notes
+        request, settings, renderer, base_folder, base_hash, train, validation, prepared, model, masters, initial, notes
     )
 
 
