@@ -185,7 +185,8 @@ def _shared(model: Any, prompts: Sequence[Sequence[int]], reach: int) -> _Shared
     """
     base = inner(model)
     shared = _Shared(base.config, next(base.parameters()).device)
-    windows = [layer.sliding_window for layer in shared.cache.layers if getattr(layer, "is_sliding", False)]
+    layers: list[Any] = shared.cache.layers
+    windows = [layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)]
     common = _common_prefix(prompts)
     if len(common) < MIN_SHARED or reach > min(windows, default=reach):
         return shared
@@ -245,6 +246,11 @@ class _Chooser:
             digest = hashlib.sha256(f"{self.sampling.seed}:{row}".encode()).digest()
             self._generators[row] = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         return self._generators[row]
+
+
+def context_of(model: Any) -> int:
+    """How many tokens the model reads at most, answer included."""
+    return int(inner(model).config.get_text_config().max_position_embeddings)
 
 
 @contextmanager
