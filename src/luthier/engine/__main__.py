@@ -59,7 +59,7 @@ def _told(run: RunFolder, work: object) -> int:
         failure = error
     except MemoryError:
         failure = Broken("Memory ran out.", hint="Lower --micro-tokens or --max-length, or choose a smaller base.")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001, a process's edge: record it and end
         traceback.print_exc()
         failure = Broken(f"{type(error).__name__}: {error}", hint=f"The whole story is in {run.log}.")
     problems = [problem.as_dict() for problem in failure.problems] if isinstance(failure, BadData) else []

@@ -7,18 +7,18 @@ Does not know: the loop.
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from luthier.data.dataset import Prepared, Rows, prepare, split
 from luthier.data.render import Renderer
-from luthier.engine import adapters, attention, catalogue, forest, models, publish, step
+from luthier.engine import attention, catalogue, forest, models, publish, step
 from luthier.engine.adapters import Start
 from luthier.engine.optimizer import Masters
 from luthier.spec.errors import BadData, BadSetting, Broken, UserError
@@ -62,8 +62,11 @@ class Ready:
 Emit = Callable[..., None]
 
 
-def make_ready(run: RunFolder, request: TrainRequest, emit: Emit, resumed: dict[str, Any] | None) -> Ready:
-    """Load and check everything. `resumed` is the spec.json of an earlier attempt, which must still hold.
+def make_ready(
+    run: RunFolder, request: TrainRequest, emit: Emit, resumed: dict[str, Any] | None, *, leads: bool = True
+) -> Ready:
+    """Load and check everything. `resumed` is the spec.json of an earlier attempt, which must still hold; only the
+    process that `leads` writes.
 
     Raises UserError kin for data, settings and models that cannot be trained.
     """
@@ -99,7 +102,7 @@ def make_ready(run: RunFolder, request: TrainRequest, emit: Emit, resumed: dict[
     }
     if resumed is not None:
         _must_agree(resumed, spec)
-    elif emit is not _silent:
+    elif leads:
         write_json(run.spec, spec)
 
     attention.install(base)
@@ -109,15 +112,16 @@ def make_ready(run: RunFolder, request: TrainRequest, emit: Emit, resumed: dict[
     if not trainable:
         raise BadSetting("Nothing would be trained: no weight of this model is chosen.", param="method")
     masters = Masters(trainable, request.weight_decay)
-    notes += publish.dry_run(
-        model,
-        request=request,
-        base_folder=base_folder,
-        template=renderer.template.source,
-        stop_ids=renderer.stop_ids,
-        pad_id=renderer.tokenizer.pad_id,
-        out=run.model,
-    )
+    if leads:
+        notes += publish.dry_run(
+            model,
+            request=request,
+            base_folder=base_folder,
+            template=renderer.template.source,
+            stop_ids=renderer.stop_ids,
+            pad_id=renderer.tokenizer.pad_id,
+            out=run.model,
+        )
     _prove_path(model, train, precision)
     initial = publish.fingerprint(masters.values)
     for note in notes:
@@ -127,8 +131,8 @@ def make_ready(run: RunFolder, request: TrainRequest, emit: Emit, resumed: dict[
     )
 
 
-def _silent(*_: Any, **__: Any) -> None:
-    """The emit of ranks other than 0."""
+def silent(*_: Any, **__: Any) -> None:
+    """The emit of a process that does not lead."""
 
 
 def _max_length(request: TrainRequest, renderer: Renderer) -> int:
@@ -270,8 +274,6 @@ def totals(rows: Rows, settings: Settings) -> dict[str, Any]:
 
 def position_order(rows: int, seed: int, epoch: int) -> Any:
     """The order of rows in an epoch: a function of (seed, epoch) alone, so a resumed run needs no memory of it."""
-    import numpy as np
-
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
@@ -289,11 +291,5 @@ def step_rows(position: int, count: int, rows: int, seed: int) -> list[int]:
 
 def seed_everything(*numbers: int) -> None:
     """Seed torch from a tuple of numbers: dropout masks follow from (seed, step, micro-batch), not from history."""
-    import numpy as np
-
     state = np.random.SeedSequence(list(numbers)).generate_state(2)
     torch.manual_seed(int(state[0]) << 32 | int(state[1]))
-
-
-def describe(prepared: Prepared) -> dict[str, Any]:
-    return {key: value for key, value in dataclasses.asdict(prepared).items() if isinstance(value, int)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
 import resource
@@ -24,7 +25,7 @@ import torch.distributed as dist
 
 from luthier import __version__
 from luthier.engine import checkpoint, forest, publish
-from luthier.engine.setup import Ready, _silent, make_ready, seed_everything, step_rows, totals
+from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals
 from luthier.engine.step import Sums, forward_backward, measure_rows
 from luthier.spec.errors import Broken, UserError
 from luthier.spec.job import TrainRequest, learning_rate_at
@@ -45,7 +46,7 @@ def train(run: RunFolder) -> None:
     """Carry out the run in `run`, from its newest checkpoint when there is one. Emits a terminal event on success and
     when stopped; raises what refuses or ends it (the caller emits `failed`)."""
     rank, ranks = _join()
-    emit = run.emit if rank == 0 else _silent
+    emit = run.emit if rank == 0 else silent
     begun = time.monotonic()
     request = TrainRequest.model_validate_json(run.request.read_text(encoding="utf-8"))
     if rank == 0:
@@ -57,7 +58,7 @@ def train(run: RunFolder) -> None:
     for step in damaged:
         emit("warning", message=f"The checkpoint of step {step} is damaged; it is passed over.", hint="")
 
-    ready = make_ready(run, request, emit, resumed)
+    ready = make_ready(run, request, emit, resumed, leads=rank == 0)
     loop = Loop(run, ready, emit, rank, ranks)
     loop.announce()
     if found:
@@ -329,8 +330,6 @@ def _add_up(*values: float) -> tuple[float, ...]:
 
 
 def _read_spec(run: RunFolder) -> dict[str, Any]:
-    import json
-
     try:
         spec: dict[str, Any] = json.loads(run.spec.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
