@@ -57,6 +57,8 @@ def chat(
     from luthier.engine.generate import Sampling
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    for words in (system or "", *(message or [])):
+        _refuse_broken_text(words)
     loaded = load(model, precision)
     from luthier.data.render import Renderer
 
@@ -86,10 +88,7 @@ class Conversation:
         """
         from luthier.engine.generate import context_of, generate
 
-        for words in (text, self.system or ""):
-            _refuse_broken_text(words)
-        asked = [*([Message("system", self.system)] if self.system else []), *self.turns, Message("user", text)]
-        prompt = self.renderer.prompt(asked)
+        prompt = self._prompt(text)
         printed = Printed(self.renderer, _silent if self.as_json else _print)
         try:
             done = generate(
@@ -108,6 +107,21 @@ class Conversation:
         if said or reason != "interrupted":
             self.turns += [Message("user", text), self.renderer.parse(printed.ids)]
         self._tell(said, reason, len(prompt), len(printed.ids))
+
+    def _prompt(self, text: str) -> list[int]:
+        from luthier.data.render import Unrenderable
+
+        for words in (text, self.system or ""):
+            _refuse_broken_text(words)
+        system = [Message("system", self.system)] if self.system else []
+        try:
+            return self.renderer.prompt([*system, *self.turns, Message("user", text)])
+        except Unrenderable as error:
+            raise UserError(
+                f"The chat template cannot express these messages: {error.problem.found}.",
+                param="message",
+                hint=error.problem.hint or "Change the messages, or choose another --template.",
+            ) from error
 
     def _tell(self, said: str, reason: str, asked: int, answered: int) -> None:
         if self.as_json:
