@@ -5,7 +5,6 @@ Every command imports the room it needs when it runs, so that `luthier --help` a
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,9 +12,12 @@ from types import TracebackType
 from typing import Annotated
 
 import typer
+import typer.main
 
 from luthier import __version__
 from luthier.cli import data, models
+from luthier.cli.chat import chat
+from luthier.cli.evaluate import evaluate
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
 from luthier.cli.train import train
 from luthier.spec.errors import BadData, Broken, LuthierError, UserError
@@ -28,9 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
-for _name in ("chat", "evaluate"):
-    if importlib.util.find_spec(f"luthier.cli.{_name}"):
-        app.command()(getattr(importlib.import_module(f"luthier.cli.{_name}"), _name))
+app.command()(chat)
+app.command()(evaluate)
 app.command()(data.tokenize)
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.excepthook = _unexpected
     as_json = "--json" in words
     try:
-        sys.exit(app(words, prog_name="luthier", standalone_mode=False))
+        command = typer.main.get_command(app)  # calling `app` itself would put Typer's own hook over ours
+        sys.exit(command.main(words, prog_name="luthier", standalone_mode=False))
     except LuthierError as error:
         sys.exit(_told(error, as_json))
     except typer.TyperException as error:

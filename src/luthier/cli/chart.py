@@ -82,7 +82,9 @@ def _foot(left: float, right: float, columns: int, marked: bool, ascii_only: boo
     foot = Text(" " * LABEL, no_wrap=True).append(first, "dim")
     wide = sum(len(text) for text, _ in legend)
     if wide + 2 > room:
-        return foot.append(" " * max(1, room)).append(last, "dim")
+        foot.append(" " * max(1, room)).append(last, "dim")
+        foot.truncate(LABEL + columns)
+        return foot
     before = (room - wide) // 2
     return (
         foot.append(" " * before)

@@ -5,7 +5,7 @@ Does not know: formats, templates (the data room), torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -90,12 +90,24 @@ def _records(file: Path, renderer: Renderer, max_length: int) -> Iterator[Shown]
     """Every record of the file in order, a few hundred rendered at a time."""
     from luthier.data.formats import read_examples
 
-    groups = (list(group) for _, group in groupby(read_examples(file), key=lambda item: item.row))
+    groups = _by_record(read_examples(file))
     while chunk := list(islice(groups, CHUNK)):
         examples = [item for group in chunk for item in group if not isinstance(item, Problem)]
         rendered = renderer.try_render(examples)
         for group in chunk:
             yield _record(group, rendered, max_length, str(file))
+
+
+def _by_record(items: Iterable[Example | Problem]) -> Iterator[list[Example | Problem]]:
+    """What belongs to one record: its problems, then its Example if it has one; what comes later is about the file."""
+    group: list[Example | Problem] = []
+    for item in items:
+        if group and (item.row != group[-1].row or not isinstance(group[-1], Problem)):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
 
 
 def _record(
@@ -205,7 +217,7 @@ class Painter:
     def __init__(self, out: Console, tokenizer: Tokenizer) -> None:
         self.out, self.tokenizer = out, tokenizer
         self.colours = out.is_terminal and not out.no_color
-        fancy = speaks_unicode(out.file)
+        fancy = out.encoding.startswith("utf")
         self.open, self.close = ("⟦", "⟧") if fancy else ("[[", "]]")
         self.newline = "⏎" if fancy else "\\n"
         self.control = set(tokenizer.control_ids.values())
@@ -265,7 +277,8 @@ class Painter:
 
         style = "red" if problem.severity == "error" else "yellow"
         label = "Problem: " if problem.severity == "error" else "Warning: "
-        self.out.print(Text.assemble((label, f"bold {style}"), (visible(str(problem)), style)), soft_wrap=True)
+        line = Text.assemble((label, f"bold {style}"), (visible(str(problem)), style))
+        self.out.print(line, soft_wrap=not self.out.is_terminal)
 
 
 # -- tokenize ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -200,6 +201,8 @@ def _death(run: RunFolder, code: int, tail: Sequence[str]) -> LuthierError:
     hint = f"Its output is in {short(run.log)}. Go on from the last checkpoint with: {resume_command(run)}"
     if code == NotNow.exit_code and tail:
         return NotNow(tail[-1])
+    workers = re.findall(r"Signal (\d+) \(", "\n".join(tail))  # torchrun's words on what became of its workers
+    code = -int(workers[-1]) if workers and code == 1 else code
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return Broken("The engine was killed (signal 9), often because memory ran out.", hint=hint)
     if code < 0:

@@ -23,9 +23,10 @@ from luthier.cli.output import duration, plural, print_json, short, size, visibl
 if TYPE_CHECKING:
     from typing import Self
 
-SMOOTHING = 0.9
+SMOOTHING = 0.8
 MOST_POINTS = 4_000  # of the curve; every other one is let go beyond that
 REFRESH = 0.25  # seconds
+WORTH_SAYING = 1.05  # tree ratio: less is no news
 RATE_STEPS = 10  # tokens/s are those of the last steps
 
 
@@ -112,7 +113,7 @@ def plan_words(prepared: dict[str, Any]) -> str:
     words += f" and {held:,} held out" if held else ""
     words += f"; {int(prepared['tokens']):,} tokens, {int(prepared['supervised_tokens']):,} learnt"
     ratio = prepared.get("tree_ratio")
-    words += f", shared prefixes save a factor of {ratio:.2f}" if ratio and ratio >= 1.05 else ""
+    words += f", shared prefixes save a factor of {ratio:.2f}" if ratio and ratio >= WORTH_SAYING else ""
     words += f". {plural(int(prepared['steps']), 'step')}"
     if settings:
         words += f" of {plural(int(settings['batch_size']), 'row')}, {plural(int(settings['epochs']), 'epoch')}"
@@ -239,7 +240,7 @@ class _Screen:
 
 def _figures(account: Account, width: int) -> Table:
     step, validation, checkpoint = account.step, account.validation, account.checkpoint
-    saved = f"step {int(checkpoint['step']):,}{' (best)' if checkpoint.get('best') else ''}" if checkpoint else "-"
+    saved = f"{int(checkpoint['step']):,}{' (best)' if checkpoint.get('best') else ''}" if checkpoint else "-"
     pairs = [
         ("loss", number(step.get("loss"), ".4f")),
         ("epoch", number(step.get("epoch"), ".2f")),
@@ -252,11 +253,13 @@ def _figures(account: Account, width: int) -> Table:
         ("memory", size(float(step["memory_bytes"])) if step.get("memory_bytes") else "-"),
         ("checkpoint", saved),
     ]
-    beside = 3 if width >= 84 else 2
+    beside = 3 if width >= 84 else 2 if width >= 56 else 1
+    if beside == 1:  # room for what matters most
+        pairs = [pairs[n] for n in (0, 3, 5, 9)]
     table = Table.grid(padding=(0, 1, 0, 0))
     for _ in range(beside):
         table.add_column(style="dim", no_wrap=True)
-        table.add_column(justify="right", no_wrap=True, min_width=9 if beside == 3 else 8)
+        table.add_column(justify="right", no_wrap=True, min_width=9)
         table.add_column(width=1)
     for start in range(0, len(pairs), beside):
         table.add_row(*[cell for pair in pairs[start : start + beside] for cell in (*pair, "")])
@@ -291,7 +294,8 @@ class PlainView:
         if kind == "started" and event.get("resumed_from") is not None:
             return f"Going on after step {event['resumed_from']}."
         if kind == "phase":
-            return f"{event['message']}."
+            again = event["name"] == "validate" and self.account.step  # its result says enough
+            return None if again else f"{event['message']}."
         if kind == "prepared":
             return plan_words(event)
         if kind == "warning":
@@ -362,7 +366,7 @@ def summary(report: dict[str, Any], model: str) -> list[tuple[str, str]]:
                 lines.append((label, f"{before}{number(tuned[key], form)} (tuned)"))
     tokens = f"{report['trained_tokens']:,} trained on, {report['supervised_tokens']:,} of them learnt"
     lines.append(("tokens", tokens))
-    if report.get("tree_ratio"):
+    if (report.get("tree_ratio") or 0) >= WORTH_SAYING:
         computed = f"{report['physical_tokens']:,}; shared prefixes save a factor of {report['tree_ratio']:.2f}"
         lines.append(("computed", computed))
     peak = report.get("peak_memory_bytes")

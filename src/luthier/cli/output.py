@@ -101,13 +101,14 @@ def print_error(message: str, hint: str | None = None, problems: list[Problem] |
     from rich.text import Text
 
     out = console(stderr=True)
-    out.print(Text.assemble(("Error: ", "bold red"), (visible(message), "red")), soft_wrap=True)
+    soft = not out.is_terminal  # a file gets whole lines, a terminal lines that break between words
+    out.print(Text.assemble(("Error: ", "bold red"), (visible(message), "red")), soft_wrap=soft)
     for problem in (problems or [])[:SHOWN_PROBLEMS]:
-        out.print(Text("  " + visible(str(problem))), soft_wrap=True)
+        out.print(Text("  " + visible(str(problem))), soft_wrap=soft)
     if problems and len(problems) > SHOWN_PROBLEMS:
-        out.print(f"  and {len(problems) - SHOWN_PROBLEMS:,} more.", soft_wrap=True)
+        out.print(f"  and {len(problems) - SHOWN_PROBLEMS:,} more.", soft_wrap=soft)
     if hint:
-        out.print(Text(visible(hint)), soft_wrap=True)
+        out.print(Text(visible(hint)), soft_wrap=soft)
 
 
 def visible(text: str) -> str:

@@ -27,7 +27,7 @@ from luthier.cli.output import (
     visible,
 )
 from luthier.spec.data import Problem
-from luthier.spec.errors import BadSetting, NotFound
+from luthier.spec.errors import BadSetting, Broken, NotFound
 from luthier.spec.job import TrainRequest, apply_recipe, make_request, validation_share
 from luthier.spec.run import RunFolder
 
@@ -275,7 +275,8 @@ def _print_failure(run: RunFolder, event: dict[str, Any], log_tail: Sequence[str
     problems = [Problem(**problem) for problem in event.get("problems") or []]
     hint = str(event.get("hint") or "")
     if _resume(run) not in hint:
-        hint += f"{' ' if hint else ''}Once that is put right: {_resume(run)}"
+        ours = event.get("code") == Broken.code
+        hint += f"{' ' if hint else ''}{'To try again' if ours else 'Once that is put right'}: {_resume(run)}"
     print_error(str(event.get("message")), hint, problems)
 
 
