@@ -8,11 +8,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -337,12 +340,83 @@ def test_no_source_answers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         catalogue.resolve(NAME, pull=False)
 
 
-def test_an_unreachable_hub_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
+class HubTalk(BaseHTTPRequestHandler):
+    """Just enough of the Hub's HTTP: what a repository holds, and its files."""
 
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(SourceFailed, match=r"the Hugging Face Hub \(some/model\): cannot be reached"):
-        sources.from_hub("some/model", tmp_path / "model")
+    folder: Path
+    commit = "c" * 40
+
+    def _files(self) -> list[Path]:
+        return list(self.folder.iterdir())
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        names = [path.name for path in self._files()]
+        if self.path.startswith("/api/models/some/model/tree/"):
+            tree = [{"type": "file", "path": at.name, "size": at.stat().st_size, "oid": "0"} for at in self._files()]
+            raw, status = json.dumps(tree).encode(), 200
+        elif self.path.startswith("/api/models/some/model"):
+            known = {"id": "some/model", "sha": self.commit, "siblings": [{"rfilename": name} for name in names]}
+            raw, status = json.dumps(known).encode(), 200
+        elif self.path.startswith(f"/some/model/resolve/{self.commit}/") and self.path.rsplit("/", 1)[1] in names:
+            raw, status = (self.folder / self.path.rsplit("/", 1)[1]).read_bytes(), 200
+        else:
+            raw, status = b"{}", 404
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(raw)))
+        self.send_header("ETag", f'"{hashlib.sha1(raw, usedforsecurity=False).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.commit)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+        if body:
+            self.wfile.write(raw)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_the_hub_is_spoken_to(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import close_session, constants
+
+    repository = Path(shutil.copytree(tiny, tmp_path / "repository"))
+    for name in ("pytorch_model.bin", "modeling_evil.py", "consolidated.safetensors", "README.md"):
+        (repository / name).write_text("not wanted")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Talk", (HubTalk,), {"folder": repository}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    place = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", place)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", place + "/{repo_id}/resolve/{revision}/{filename}")
+    try:
+        assert sources.from_hub("some/model", tmp_path / "model") == f"hub:some/model@{HubTalk.commit}"
+        with pytest.raises(SourceFailed, match=r"\(other/model\): refused"):
+            sources.from_hub("other/model", tmp_path / "other")
+    finally:
+        close_session()
+        server.shutdown()
+        server.server_close()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == {
+        path.name: path.read_bytes() for path in tiny.iterdir()
+    }
+
+
+def test_a_hub_that_is_gone_or_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import close_session, constants
+
+    monkeypatch.setattr(sources, "PATIENCE", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        for place in (f"http://127.0.0.1:{silent.getsockname()[1]}", "http://127.0.0.1:9"):
+            monkeypatch.setattr(constants, "ENDPOINT", place)
+            with pytest.raises(SourceFailed, match=r"the Hugging Face Hub \(some/model\): cannot be reached"):
+                sources.from_hub("some/model", tmp_path / "model")
+    close_session()
 
 
 @pytest.fixture

