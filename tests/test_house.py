@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": set(),
     "spec": set(),
     "data": {"spec"},
-    "engine": {"data", "spec"},
+    "engine": {"data", "spec", "settings"},
     "store": {"spec"},
     "work": {"store", "spec", "settings"},
     "serve.router": {"spec"},
