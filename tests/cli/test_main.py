@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 from luthier import __version__, cli
 from luthier.cli import reference
@@ -195,3 +198,28 @@ def test_the_reference_is_the_same_at_any_width(monkeypatch: pytest.MonkeyPatch)
         "## `luthier data show`",
     ):
         assert words in page
+
+
+PAGES = [ROOT / "docs" / "getting-started.md", ROOT / "README.md"]
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """Every `luthier ...` command in the page's shell blocks, as words."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", text, re.M | re.S)
+    lines = [line.split("|")[0] for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("luthier ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_pages_exist(page: Path) -> None:
+    commands = commands_of(page)
+    assert commands
+    for words in commands:
+        command: Any = typer.main.get_command(cli.app)
+        rest = words[1:]
+        while getattr(command, "commands", None) and rest and not rest[0].startswith("-"):
+            assert rest[0] in command.commands, words
+            command, rest = command.commands[rest[0]], rest[1:]
+        known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+        assert {word for word in rest if word.startswith("-")} <= known, words

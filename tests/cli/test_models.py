@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from luthier import cli
+from luthier.cli import output
 from luthier.cli.output import Progress
 from luthier.engine import catalogue
 
@@ -76,3 +79,13 @@ def test_remove(installed: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert called("models", "pull", "nope") == 2
     assert "The catalogue has no model 'nope'." in capsys.readouterr().err
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(output, "console", lambda stderr=False: terminal)
+    with terminal.capture() as drawn, output.waiting() as progress:
+        progress("waiting for another process", 0, 0)
+        progress("downloading [bold]x[/bold]", 1_500_000, 3_000_000)
+    assert "downloading [bold]x[/bold]" in drawn.get()
+    assert "1.5 MB of 3 MB" in drawn.get()

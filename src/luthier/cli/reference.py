@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import typer.main
 
@@ -88,7 +88,8 @@ def _option_name(option: Any) -> str:
     if option.is_flag:
         return names
     kind = getattr(getattr(option, "type_descriptor", None), "annotation", None)
-    value = option.metavar or KINDS.get(kind, "TEXT")
+    choices = "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
+    value = option.metavar or choices or KINDS.get(kind, "TEXT")
     again = " (repeatable)" if option.multiple else ""
     return f"{names} `{_cell(value)}`{again}"
 
