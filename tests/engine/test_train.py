@@ -230,6 +230,23 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path: Path, tiny: Path
     assert [row["loss"] for row in resumed] == [row["loss"] for row in plain]
 
 
+def test_a_run_can_be_stopped_before_its_first_step(tmp_path: Path, tiny: Path, data: Path) -> None:
+    """Reading a large file takes a while: Ctrl-C must not wait for it."""
+    run = lay_out(tmp_path / "run", tiny, data, epochs=1)
+    emit = run.emit
+
+    def interrupting(type: str, **fields: Any) -> None:
+        emit(type, **fields)
+        if type == "phase" and fields["name"] == "data":
+            run.ask_to_stop()
+
+    run.emit = interrupting  # type: ignore[method-assign]
+    assert carry_out(run) == 0
+    assert events(run)[-1]["type"] == "stopped" and events(run)[-1]["step"] == 0 and not events(run, "prepared")
+    run.emit = emit  # type: ignore[method-assign]
+    assert carry_out(run) == 0 and events(run)[-1]["type"] == "finished"
+
+
 def test_killed_at_random_instants(tmp_path: Path, tiny: Path, data: Path) -> None:
     """B40 ii: kill -9 wherever it falls, again and again; the run ends as if never interrupted, bit for bit."""
     options: dict[str, Any] = {

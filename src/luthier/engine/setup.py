@@ -63,10 +63,16 @@ Emit = Callable[..., None]
 
 
 def make_ready(
-    run: RunFolder, request: TrainRequest, emit: Emit, resumed: dict[str, Any] | None, *, leads: bool = True
+    run: RunFolder,
+    request: TrainRequest,
+    emit: Emit,
+    resumed: dict[str, Any] | None,
+    *,
+    leads: bool = True,
+    heed: Callable[[], None] = lambda: None,
 ) -> Ready:
     """Load and check everything. `resumed` is the spec.json of an earlier attempt, which must still hold; only the
-    process that `leads` writes.
+    process that `leads` writes. `heed` is called now and then and may raise, to stop.
 
     Raises UserError kin for data, settings and models that cannot be trained.
     """
@@ -77,7 +83,7 @@ def make_ready(
     max_length = _max_length(request, renderer)
 
     emit("phase", name="data", message=f"Reading {', '.join(request.data)}")
-    prepared, train, validation, seed = _read_data(request, renderer, max_length, emit, resumed)
+    prepared, train, validation, seed = _read_data(request, renderer, max_length, emit, resumed, heed)
     for warning in prepared.warnings[:20]:
         emit("warning", message=str(warning), hint="")
     if prepared.warning_count > 20:
@@ -105,6 +111,7 @@ def make_ready(
     elif leads:
         write_json(run.spec, spec)
 
+    heed()
     attention.install(base)
     notes = _still(base)
     model = models.attach(base, request, settings)
@@ -149,13 +156,19 @@ def _max_length(request: TrainRequest, renderer: Renderer) -> int:
 
 
 def _read_data(
-    request: TrainRequest, renderer: Renderer, max_length: int, emit: Emit, resumed: dict[str, Any] | None
+    request: TrainRequest,
+    renderer: Renderer,
+    max_length: int,
+    emit: Emit,
+    resumed: dict[str, Any] | None,
+    heed: Callable[[], None],
 ) -> tuple[Prepared, Rows, Rows | None, int]:
     def read(paths: list[str], name: str) -> Prepared:
         last = -1
 
         def progress(done: int, total: int) -> None:
             nonlocal last
+            heed()
             share = 20 * done // max(total, 1)
             if share != last:
                 last = share

@@ -39,7 +39,7 @@ METRICS = (
 
 
 class Stopped(Exception):
-    """The stop note was found; the run is at a checkpoint."""
+    """The stop note was found; the run is at a checkpoint, or has not taken its first step."""
 
 
 def train(run: RunFolder) -> None:
@@ -58,16 +58,21 @@ def train(run: RunFolder) -> None:
     for step in damaged:
         emit("warning", message=f"The checkpoint of step {step} is damaged; it is passed over.", hint="")
 
-    ready = make_ready(run, request, emit, resumed, leads=rank == 0)
-    loop = Loop(run, ready, emit, rank, ranks)
-    loop.announce()
-    if found:
-        ready.masters.load(found[0], start)
-        loop.restore(start, found[1]["progress"])
+    def heed() -> None:
+        if ranks == 1 and run.stop_asked:  # with more, ranks may only part at a step, together
+            raise Stopped
+
     try:
+        ready = make_ready(run, request, emit, resumed, leads=rank == 0, heed=heed)
+        loop = Loop(run, ready, emit, rank, ranks)
+        loop.announce()
+        if found:
+            ready.masters.load(found[0], start)
+            loop.restore(start, found[1]["progress"])
         loop.go(start)
-    except Stopped:
-        emit("stopped", status="stopped", step=loop.step, resume=f"luthier train --resume {run.path}")
+    except Stopped as stopped:
+        at = stopped.args[0] if stopped.args else start
+        emit("stopped", status="stopped", step=at, resume=f"luthier train --resume {run.path}")
         return
     loop.finish(time.monotonic() - begun)
 
@@ -102,7 +107,7 @@ class Loop:
             if self._due(self.request.checkpoint_every) or stop:
                 self._checkpoint()
             if stop and self.step < self.settings.steps:
-                raise Stopped
+                raise Stopped(self.step)
 
     def _one_step(self, step: int) -> dict[str, Any]:
         """One optimizer step over `batch_size` rows; returns its measurements (sums over all ranks)."""
