@@ -156,7 +156,7 @@ class Printed:
             self._write(text)
             return
         self._lead += text
-        lead = self.renderer._lead
+        lead = self.renderer.lead
         if len(self._lead) < len(lead) and lead.startswith(self._lead):
             return
         text, self._lead = self._lead.removeprefix(lead), None

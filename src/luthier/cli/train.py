@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -229,7 +230,7 @@ def show_run(run: RunFolder, request: dict[str, Any], command: Sequence[str], as
     out = console()
     if as_json:
         view: JsonView | LiveView | PlainView = JsonView(request)
-    elif out.is_terminal and not out.is_dumb_terminal:
+    elif sys.stdout.isatty() and not out.is_dumb_terminal:  # FORCE_COLOR makes no terminal of a pipe
         view = LiveView(out, request, short(run.path))
     else:
         view = PlainView(request, short(run.path))
@@ -294,7 +295,7 @@ def _print_summary(run: RunFolder, event: dict[str, Any]) -> None:
         ("measure it", f"{typed('luthier', 'evaluate', path)} --data FILE"),
     ]
     out = console()
-    if not out.is_terminal:
+    if not sys.stdout.isatty():
         for label, value in lines:
             print(f"{label + ':':17}{visible(value)}")
         return

@@ -47,7 +47,8 @@ class _Marked:
 
 
 class Renderer:
-    """Made by `Renderer.load(folder, template)`. Attributes: tokenizer, template, stop_ids, end_token."""
+    """Made by `Renderer.load(folder, template)`. Attributes: tokenizer, template, stop_ids,
+    end_token, `lead` (what the template itself puts before an answer: a space, or nothing)."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self.tokenizer = tokenizer
@@ -99,7 +100,7 @@ class Renderer:
                 param="template",
                 hint="Choose another with --template.",
             )
-        self._lead, after = answer.split(_PROBE, 1)
+        self.lead, after = answer.split(_PROBE, 1)
         self._tail = after
         found = self.tokenizer.control.match(after.lstrip())
         self.openers: frozenset[str] = frozenset()
@@ -377,7 +378,7 @@ class Renderer:
         """Text of generated ids up to the first stop token, without what the template itself puts before an answer."""
         stops = set(self.stop_ids)
         end = next((n for n, token in enumerate(ids) if token in stops), len(ids))
-        return self.tokenizer.decode(ids[:end]).removeprefix(self._lead)
+        return self.tokenizer.decode(ids[:end]).removeprefix(self.lead)
 
     def parse(self, ids: Sequence[int]) -> Message:
         """The assistant message that generated ids spell: undoes rendering, tool calls included."""

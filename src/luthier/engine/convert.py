@@ -10,6 +10,7 @@ import contextlib
 import gc
 import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def quiet() -> None:
     """No progress bars or advice from transformers: progress is told by whoever called us."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    # PEFT reads an attribute that transformers has renamed; nothing that a user could act on.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
