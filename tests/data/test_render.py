@@ -71,7 +71,7 @@ LAWS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
 @LAWS
 @given(data=st.data())
 def test_laws(renderers: dict[tuple[str, bool], Renderer], name: str, bos: bool, data: st.DataObject) -> None:
-    """For any conversation: answers + one end marker are learnt, prompts are prefixes, BOS at most once, parse undoes."""
+    """For any conversation: answers + one end marker are learnt, prompts are prefixes, BOS once, parse undoes."""
     style, renderer = STYLES[name], renderers[name, bos]
     count = data.draw(st.integers(1, 3)) * 2
     contents = [data.draw(TRICKY) for _ in range(count)]
@@ -311,9 +311,9 @@ def test_a_template_that_is_closed_only_sometimes_never_leaks(tmp_path: Path) ->
         "{{ cycler.__init__.__globals__ }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ ('a' * 2000000000) | length }}",
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
-        "{% set ns = namespace(s='aaaaaaaaaaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-        "{% set ns = namespace(s='aaaaaaaaaaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}" + "{% endfor %}" * 3,
+        "{% set ns = namespace(s='aaaa') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{% set ns = namespace(s='aaaa') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
         "{{ 'a'.center(2000000000) }}",
         "{{ 'a' | center(2000000000) }}",
         "{{ '%2000000000d' % 1 }}",

@@ -234,5 +234,5 @@ def test_self_check_sees_a_head_it_does_not_know(tmp_path: Path) -> None:
         return logits * 2 if hidden.dim() == 3 else logits  # only the model's own forward passes [1, T, H]
 
     model.lm_head.forward = odd
-    assert step.self_check(model, rows) > 0.05
+    assert step.self_check(model, rows) > 0.03
     assert {2, 3} <= set(seen)

@@ -13,15 +13,16 @@ Does not know: tokens, roles, what a message may be.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from luthier.spec.errors import BadSetting, UserError
 
@@ -38,7 +39,7 @@ class TemplateRefused(UserError):
 class _Generation(Extension):
     """`{% generation %} ... {% endgeneration %}` as other trainers write it; we find spans another way."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012, as jinja2 declares it
 
     def parse(self, parser: Any) -> list[nodes.Node]:
         next(parser.stream)
@@ -67,7 +68,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
             joint.nodes = [nodes.Filter(nodes.List(joint.nodes), "luthier_joined", [], [], None, None)]
         return tree
 
-    def counted(self, items: Iterable[Any]) -> Iterator[Any] | Iterable[Any]:
+    def counted(self, items: Any) -> Any:
         """Count rounds before they run; keep the container (loop.length, reverse iteration need it)."""
         self.loops += len(items) if hasattr(items, "__len__") else 1_000
         if self.loops > MAX_LOOPS:
@@ -82,7 +83,8 @@ class _Bounded(ImmutableSandboxedEnvironment):
     def replace(self, text: Any, old: str, new: str, count: int | None = None) -> str:
         text = str(text)
         _check_size(len(text) + text.count(old) * len(new))
-        return text.replace(old, new, -1 if count is None else count)
+        result: str = text.replace(old, new, -1 if count is None else count)
+        return result
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*" and (isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple)):

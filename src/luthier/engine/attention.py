@@ -25,6 +25,10 @@ from luthier.spec.errors import BadSetting
 
 NAME = "luthier_forest"
 
+# Below this many query-key pairs the CPU kernel's bfloat16 backward spends most of its time converting: measured on
+# Zen 4, 45 x 45 took 0.81 ms in bfloat16 and 0.17 in float32; at 974 x 974 bfloat16 was ahead, 27 to 34.
+SMALL_BLOCK = 256 * 256
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -139,7 +143,8 @@ def forest_attention(
     plan = _active[-1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
-        output = _ForestAttention.apply(query, key, value, plan.blocks(sliding_window, query.dtype), scale)
+        attend: Any = _ForestAttention.apply  # torch leaves it unannotated
+        output: Tensor = attend(query, key, value, plan.blocks(sliding_window, query.dtype), scale)
     else:
         output = masked_attention(query, key, value, plan.dense(sliding_window), scale)
     return output.transpose(1, 2), None
@@ -190,21 +195,27 @@ class _ForestAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, output, lse = ctx.saved_tensors
         grads = [torch.zeros(tensor.shape, dtype=torch.float32) for tensor in (query, key, value)]
         for block in ctx.blocks:
             rows, keys = slice(block.start, block.end), slice(block.key_start, block.key_end)
+            small = (block.end - block.start) * (block.key_end - block.key_start) < SMALL_BLOCK
             parts = _backward(
-                grad[:, :, rows],
-                query[:, :, rows],
-                key[:, :, keys],
-                value[:, :, keys],
-                output[:, :, rows],
+                *(
+                    part.float() if small else part
+                    for part in (
+                        grad[:, :, rows],
+                        query[:, :, rows],
+                        key[:, :, keys],
+                        value[:, :, keys],
+                        output[:, :, rows],
+                    )
+                ),
                 lse[:, :, rows],
                 0.0,
                 block.own and block.mask is None,
-                attn_mask=block.mask,
+                attn_mask=block.mask.float() if small and block.mask is not None else block.mask,
                 scale=ctx.scale,
             )
             for total, part, place in zip(grads, parts, (rows, keys, keys), strict=True):

@@ -68,10 +68,10 @@ def backward(
     total = 0.0
     for part in slices(len(targets), vocabulary):
         loss = supervised(head(leaf[part]), targets[part], weights[part], smoothing) / normaliser
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
     if leaf.grad is not None and hidden.requires_grad:
-        hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
+        hidden.backward(leaf.grad)
     return total
 
 

@@ -122,10 +122,11 @@ def make_request(values: dict[str, Any]) -> TrainRequest:
     try:
         return TrainRequest(**values)
     except ValidationError as error:
-        first = error.errors()[0]
+        found = {problem["loc"][:1]: problem for problem in reversed(error.errors())}  # a union tells each branch
+        first = next(reversed(found.values()))
         name = str(first["loc"][0]) if first["loc"] else None
         wanted = first["msg"].removeprefix("Value error, ")
-        more = f" ({error.error_count()} problems in all)" if error.error_count() > 1 else ""
+        more = f" ({len(found)} problems in all)" if len(found) > 1 else ""
         option = f"--{name.replace('_', '-')}: found {first['input']!r}; " if name else ""
         raise BadSetting(f"{option}{wanted}{more}.", param=name, hint="See `luthier train --help`.") from error
 
@@ -142,7 +143,7 @@ def auto_epochs(rows: int, text: bool = False) -> int:
     """3 passes; more for fewer than 100 rows (about 300 row visits, at most 25), fewer past 25,000 row visits.
 
     The shape follows OpenAI's published rule (reference: cookbook, chat fine-tuning data preparation).
-    Plain text gets one pass per 300 rows' worth at most 3: repetition there memorises.
+    Plain text gets one pass, or three below 300 rows: repetition there memorises.
     """
     if text:
         return 3 if rows < 300 else 1
@@ -154,10 +155,10 @@ def auto_epochs(rows: int, text: bool = False) -> int:
 
 
 def auto_batch_size(rows: int) -> int:
-    """About 1/40 of the rows, as a power of two between 4 and 32: enough steps to learn, few enough to average."""
+    """About 1/80 of the rows, as a power of two between 4 and 32: enough steps to learn, few enough to average."""
     if rows <= 4:
         return max(1, rows)
-    return int(2 ** min(5, max(2, round(math.log2(rows / 40)) if rows > 40 else 2)))
+    return int(2 ** min(5, max(2, round(math.log2(rows / 80)))))
 
 
 def auto_learning_rate(hidden_size: int, adapter: bool) -> float:
