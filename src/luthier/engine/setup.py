@@ -92,7 +92,7 @@ def make_ready(
         )
 
     precision = request.precision if request.precision != "auto" else models.default_precision()
-    base = models.load_base(base_folder, precision)
+    base: Any = models.load_base(base_folder, precision)
     if torch.cuda.is_available():
         base.cuda()
     hidden_size = int(base.config.get_text_config().hidden_size)
