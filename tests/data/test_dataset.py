@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_windows_learn_every_token_once(length: int, size: int, opens: bool) -> 
     assert all(2 <= len(piece.ids) <= size and piece.weights[0] == 0 for piece in pieces)
     learnt = [token for piece in pieces for token, weight in zip(piece.ids, piece.weights, strict=True) if weight]
     assert learnt == [token for token, weight in zip(row.ids, row.weights, strict=True) if weight]
-    for before, after in zip(pieces, pieces[1:], strict=False):
+    for before, after in itertools.pairwise(pieces):
         assert before.ids[-1] == after.ids[0]
 
 

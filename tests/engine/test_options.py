@@ -1,0 +1,124 @@
+"""Every field of TrainRequest does something that can be seen from outside, and a table here says what.
+
+An option that nothing reads is worse than none. `test_no_option_is_without_a_test` holds the table and the fields
+together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.data.template import BUILT_IN
+from luthier.spec.job import TrainRequest, apply_recipe
+from luthier.spec.run import RunFolder
+from tests.engine.runs import chats, events, losses, train, weights, write
+
+Look = Callable[[RunFolder, RunFolder], None]  # (run with the option, run without)
+
+
+def rates(run: RunFolder) -> list[float]:
+    return [event["learning_rate"] for event in events(run, "step")]
+
+
+def settings(run: RunFolder) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run.spec.read_text())["settings"]
+    return found
+
+
+def adapter(run: RunFolder) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run.model / "adapter_config.json").read_text())
+    return found
+
+
+def differs(run: RunFolder, plain: RunFolder) -> bool:
+    mine, theirs = weights(run), weights(plain)
+    return any(not torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def is_true(value: object) -> None:
+    assert value
+
+
+TABLE: dict[str, tuple[dict[str, Any], Look]] = {
+    "method": ({"method": "full"}, lambda run, _: is_true("model.norm.weight" in weights(run))),
+    "template": (
+        {"template": "plain"},
+        lambda run, _: is_true((run.model / "chat_template.jinja").read_text() == BUILT_IN["plain"]),
+    ),
+    "epochs": ({"epochs": 3}, lambda run, plain: is_true(len(losses(run)) == 3 * len(losses(plain)))),
+    "max_steps": ({"max_steps": 2}, lambda run, plain: is_true(len(losses(run)) == 2 < len(losses(plain)))),
+    "batch_size": ({"batch_size": 2}, lambda run, plain: is_true(len(losses(run)) == 2 * len(losses(plain)))),
+    "learning_rate": ({"learning_rate": 5e-4}, lambda run, _: is_true(max(rates(run)) == 5e-4)),
+    "schedule": (
+        {"schedule": "constant"},
+        lambda run, plain: is_true(rates(run)[-1] == max(rates(run)) > rates(plain)[-1]),
+    ),
+    "warmup": ({"warmup": 0.7}, lambda run, plain: is_true(rates(run)[0] < rates(plain)[0])),
+    "weight_decay": ({"weight_decay": 0.5}, lambda run, plain: is_true(differs(run, plain))),
+    "max_grad_norm": ({"max_grad_norm": 1e-9}, lambda run, plain: is_true(differs(run, plain))),
+    "label_smoothing": ({"label_smoothing": 0.2}, lambda run, plain: is_true(losses(run)[0] != losses(plain)[0])),
+    "rank": ({"rank": 3}, lambda run, _: is_true({min(each.shape) for each in weights(run).values()} == {3})),
+    "alpha": ({"alpha": 5.0}, lambda run, _: is_true(adapter(run)["lora_alpha"] == 5.0)),
+    "dropout": ({"dropout": 0.3}, lambda run, plain: is_true(losses(run)[-1] != losses(plain)[-1])),
+    "target_modules": (
+        {"target_modules": ["q_proj"]},
+        lambda run, plain: is_true(
+            all("q_proj" in name for name in weights(run)) and len(weights(run)) < len(weights(plain))
+        ),
+    ),
+    "seed": ({"seed": 8}, lambda run, plain: is_true(differs(run, plain))),
+    "max_length": ({"max_length": 77}, lambda run, _: is_true(settings(run)["max_length"] == 77)),
+    "overlong": (
+        {"overlong": "drop", "max_length": 40},
+        lambda run, _: is_true(events(run, "prepared")[0]["dropped"] > 0),
+    ),
+    "precision": ({"precision": "bfloat16"}, lambda run, plain: is_true(losses(run)[0] != losses(plain)[0])),
+    "micro_tokens": ({"micro_tokens": 40}, lambda run, _: is_true(settings(run)["micro_tokens"] == 40)),
+    "checkpoint_every": (
+        {"checkpoint_every": 1},
+        lambda run, plain: is_true(len(events(run, "checkpoint")) == 3 > len(events(plain, "checkpoint"))),
+    ),
+    "validate_every": (
+        {"validate_every": 1, "validation": "0.2", "batch_size": 2},
+        lambda run, _: is_true([event["step"] for event in events(run, "validation")] == [0, 1, 2, 3, 4, 5]),
+    ),
+    "validation": (
+        {"validation": "0.2"},
+        lambda run, _: is_true(json.loads(run.report.read_text())["base"]["rows"] == 2),
+    ),
+    "recipe": (
+        apply_recipe({"recipe": "self-llm"}),
+        lambda run, _: is_true(
+            adapter(run)["r"] == 8 and settings(run)["max_length"] == 384 and max(rates(run)) == 1e-4
+        ),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = chats(12)
+    rows[3]["messages"][1]["content"] = "a longer answer than the others have"
+    return write(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny: Path, data: Path) -> RunFolder:
+    return train(tmp_path_factory.mktemp("plain") / "run", tiny, data, epochs=1, precision="float32", warmup=0.0)
+
+
+@pytest.mark.parametrize("option", list(TABLE))
+def test_option(tmp_path: Path, tiny: Path, data: Path, plain: RunFolder, option: str) -> None:
+    given, look = TABLE[option]
+    run = train(tmp_path / "run", tiny, data, **{"epochs": 1, "precision": "float32", "warmup": 0.0, **given})
+    look(run, plain)
+
+
+def test_no_option_is_without_a_test() -> None:
+    assert set(TABLE) | {"model", "data"} == set(TrainRequest.model_fields)
