@@ -21,7 +21,7 @@ from typing import Any
 from luthier.data.answer import answer_text, parse_answer
 from luthier.data.expressed import lost
 from luthier.data.template import ChatTemplate, TemplateRefused, choose_template
-from luthier.data.tokenizer import CLOSE, OPEN, IncrementalText, Tokenizer
+from luthier.data.tokenizer import OPEN, IncrementalText, Tokenizer
 from luthier.spec.data import Chat, Completion, Example, Message, Problem, Rendered, Text
 from luthier.spec.errors import BadSetting, UserError
 
@@ -40,7 +40,7 @@ class Unrenderable(UserError):
 
 @dataclass(frozen=True, slots=True)
 class _Marked:
-    """A row as text with stand-ins; `weights[n]` belongs to its n-th OPEN."""
+    """A row as text with stand-ins; `weights[n]` belongs to its n-th OPEN. An answer ends with the first end marker."""
 
     text: str
     weights: tuple[float, ...]
@@ -119,11 +119,20 @@ class Renderer:
                 hint="Choose another with --template.",
             )
         controls = self.tokenizer.control_ids
-        ends = [controls[self.end_token], *(controls[text] for text in self.openers)]
+        ends = [controls[self.end_token], *(controls[text] for text in sorted(self.openers))]
         eos = [controls[self.tokenizer.eos]] if self.tokenizer.eos else []
         self.stop_ids = tuple(dict.fromkeys([*ends, *self.tokenizer.declared_stops, *eos]))
         stops = set(self.stop_ids)
         self._stop_texts = {text for text, number in controls.items() if number in stops}
+        texts = {"closed": self._stop_texts, "open": self.openers, "bare": {self.end_token}}[self.turns]
+        self._ends = {self.tokenizer.stand_in_id(text) for text in texts}
+        self.lead = self._spoken_lead(probe, whole)
+
+    def _spoken_lead(self, probe: list[dict[str, Any]], whole: str) -> str:
+        """The lead as it comes out of the tokenizer, which may have put a space of its own behind a control token."""
+        row = self._ids([_Marked(self._mark(probe, None, whole, upto=len(probe))[0], (1.0,))])[0]
+        said = self.tokenizer.decode(token for token, weight in zip(row.ids, row.weights, strict=True) if weight)
+        return said.split(_PROBE, 1)[0] if _PROBE in said else self.lead
 
     def _opener(self, probe: list[dict[str, Any]], role: str) -> str | None:
         """The control token with which a turn of `role` opens right after an answer, if it does."""
@@ -209,10 +218,10 @@ class Renderer:
     def _marked(self, example: Example) -> list[_Marked]:
         if isinstance(example, Chat):
             return self._chat(example)
-        end = self.tokenizer.stand_ins[self.tokenizer.eos] if self.tokenizer.eos else ""
+        end = self.tokenizer.stand_ins[self.tokenizer.eos or self.end_token]
         if isinstance(example, Completion):
-            return [_Marked(example.prompt + OPEN + example.completion + end + CLOSE, (1.0,))]
-        return [_Marked(OPEN + example.text + (end if example.ends else "") + CLOSE, (1.0,))]
+            return [_Marked(example.prompt + OPEN + example.completion + end, (1.0,))]
+        return [_Marked(OPEN + example.text + (end if example.ends else ""), (1.0,))]
 
     def _chat(self, chat: Chat) -> list[_Marked]:
         turns = [self._as_template(message) for message in chat.messages]
@@ -275,7 +284,7 @@ class Renderer:
             if not self._ends_alike(turns[: n + 1], tools, before, text[start:end]):
                 continue
             pieces += [self.tokenizer.protect(text[at:start]), OPEN, self.tokenizer.protect(text[start:end])]
-            pieces += [self.tokenizer.stand_ins[closing], CLOSE] if closing else [CLOSE]
+            pieces += [self.tokenizer.stand_ins[closing]] if closing else []
             seen[n] = (start, end)
             at = end
         pieces.append(self.tokenizer.protect(text[at:]))
@@ -312,23 +321,23 @@ class Renderer:
     def _ids(self, marked: Sequence[_Marked]) -> list[Rendered]:
         return [
             self._weigh(twin_ids, row)
-            for twin_ids, row in zip(self.tokenizer.encode([row.text for row in marked]), marked, strict=True)
+            for twin_ids, row in zip(self.tokenizer.encode(_texts(marked)), marked, strict=True)
         ]
 
     def _weigh(self, twin_ids: list[int], row: _Marked) -> Rendered:
         """Ids and weights grow together, here and nowhere else."""
         ids: list[int] = []
         weights: list[float] = []
-        answer, weight = -1, 0.0
+        given = iter(row.weights)
+        weight = next(given) if row.text.startswith(OPEN) else 0.0
         for twin in twin_ids:
             if twin == self.tokenizer.open_id:
-                answer += 1
-                weight = row.weights[answer] if row.weights else 0.0
-            elif twin == self.tokenizer.close_id:
+                weight = next(given, 0.0)
+                continue
+            ids.append(self.tokenizer.real(twin))
+            weights.append(weight)
+            if twin in self._ends:
                 weight = 0.0
-            else:
-                ids.append(self.tokenizer.real(twin))
-                weights.append(weight)
         whole = self.tokenizer.with_first(ids)
         weights = [0.0] * (len(whole) - len(ids)) + weights
         if weights:
@@ -386,3 +395,9 @@ class Renderer:
 
     def stream(self) -> IncrementalText:
         return self.tokenizer.stream()
+
+
+def _texts(marked: Sequence[_Marked]) -> list[str]:
+    """What to encode. A text that is learnt from its first character on begins as any text does: with nothing before
+    it, so that SentencePiece sees its start."""
+    return [row.text.removeprefix(OPEN) for row in marked]

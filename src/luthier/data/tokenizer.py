@@ -5,8 +5,8 @@ spelling is encoded as ordinary text. Whoever builds a row writes stand-ins for 
 stays text, whatever it spells. One call encodes a whole row, so tokenizers that treat the start of a text specially
 (SentencePiece's leading space) see the row as it is.
 
-Two more stand-ins, OPEN and CLOSE, mark where an answer begins and ends. They split the text, so no merge crosses
-the border between prompt and answer, and they are read back as positions, so no character offsets are needed.
+One more stand-in, OPEN, marks where an answer begins. It splits the text, so no merge crosses the border between prompt
+and answer, and it is read back as a position, so no character offsets are needed. (An answer ends with its end marker.)
 
 Does not know: templates, messages, weights.
 """
@@ -36,7 +36,10 @@ def _stand_in(name: str) -> str:
 
 
 BREAK = _stand_in("break")  # put inside a control token's spelling in user text, so that templates carry it as text
-OPEN, CLOSE = _stand_in("open"), _stand_in("close")
+OPEN = _stand_in("open")
+# Older SentencePiece tokenizers put a space before every piece of text between control tokens. An answer is no such
+# piece: it goes on after its prompt. So this character goes before it, takes the space, and both are taken out again.
+_BAR = "\ue002"
 
 
 class Tokenizer:
@@ -82,24 +85,27 @@ class Tokenizer:
                 control[text] = added.get(ids.get(text, -1), AddedToken(text, normalized=False))
         self.control_ids = {text: int(self.base.token_to_id(text) or 0) for text in control}
 
-        twin = Backend.from_str(self.base.to_str())
-        twin.no_padding()
-        twin.no_truncation()
-        twin.add_special_tokens([_as_special(token) for token in control.values()])
-        twin.encode_special_tokens = True  # special spellings are encoded as ordinary text
+        twin = _text_only(self.base.to_str(), control)
+        if any(self.control_ids[text] in twin.encode(text, add_special_tokens=False).ids for text in control):
+            twin = _text_only(_without_spellings(self.base.to_str(), set(control)), control)
         stand_ins = {text: _stand_in(str(number)) for number, text in enumerate(control)}
         twin.add_tokens(
             [
                 AddedToken(stand_ins[text], special=False, normalized=False, lstrip=token.lstrip, rstrip=token.rstrip)
                 for text, token in control.items()
             ]
-            + [AddedToken(mark, special=False, normalized=False) for mark in (OPEN, CLOSE)]
+            + [AddedToken(OPEN, special=False, normalized=False)]
         )
         self._twin = twin
         self.stand_ins = stand_ins
-        self.open_id, self.close_id = twin.token_to_id(OPEN), twin.token_to_id(CLOSE)
+        self.open_id = twin.token_to_id(OPEN)
         self._real = {twin.token_to_id(mark): self.control_ids[text] for text, mark in stand_ins.items()}
         self.control = _spelling_pattern(control)
+        self._borders = (*stand_ins.values(), *(text for text in ids if text not in control))
+        self._greedy = tuple(stand_ins[text] for text, token in control.items() if token.rstrip)
+        bar = self._twin_ids(_BAR + "a")
+        spaced = self._twin_ids(OPEN + "a")[1:]
+        self._bar = self._twin_ids(OPEN + _BAR)[1:] if bar[-len(spaced) :] != spaced else []
 
     @property
     def vocabulary_size(self) -> int:
@@ -132,14 +138,40 @@ class Tokenizer:
 
     def encode(self, marked: Sequence[str]) -> list[list[int]]:
         """Twin ids of texts made of plain text and stand-ins; `real` turns them into the model's own."""
-        return [encoding.ids for encoding in self._twin.encode_batch_fast(list(marked), add_special_tokens=False)]
+        texts = [self._barred(text) for text in marked] if self._bar else list(marked)
+        rows = [encoding.ids for encoding in self._twin.encode_batch_fast(texts, add_special_tokens=False)]
+        return [self._unbarred(ids) for ids in rows] if self._bar else rows
+
+    def _twin_ids(self, text: str) -> list[int]:
+        return list(self._twin.encode(text, add_special_tokens=False).ids)
+
+    def _barred(self, text: str) -> str:
+        """`text` with a bar after each OPEN that goes on from text; behind a control token the space belongs there."""
+        *before, last = text.split(OPEN)
+        return "".join(part + OPEN + ("" if self._at_border(part) else _BAR) for part in before) + last
+
+    def _at_border(self, before: str) -> bool:
+        return not before or before.endswith(self._borders) or before.rstrip().endswith(self._greedy)
+
+    def _unbarred(self, ids: list[int]) -> list[int]:
+        kept: list[int] = []
+        at = 0
+        while at < len(ids):
+            kept.append(ids[at])
+            at += 1
+            if kept[-1] == self.open_id and ids[at : at + len(self._bar)] == self._bar:
+                at += len(self._bar)
+        return kept
+
+    def stand_in_id(self, control: str) -> int:
+        return int(self._twin.token_to_id(self.stand_ins[control]) or 0)
 
     def real(self, twin_id: int) -> int:
         return self._real.get(twin_id, twin_id)
 
     def plain(self, text: str) -> list[int]:
         """Ids of ordinary text, whatever it spells, with nothing added."""
-        return [self.real(twin) for twin in self._twin.encode(text, add_special_tokens=False).ids]
+        return [self.real(twin) for twin in self._twin_ids(text)]
 
     def with_first(self, ids: list[int]) -> list[int]:
         """The tokenizer's own opening (BOS) before `ids`, unless they bring it already."""
@@ -193,6 +225,32 @@ class IncrementalText:
 
     def push(self, token_id: int) -> str:
         return self._stream.step(self._tokenizer.base, token_id) or ""
+
+
+def _text_only(source: str, control: dict[str, AddedToken]) -> Backend:
+    """The tokenizer of `source`, in which the spellings of control tokens are encoded as ordinary text."""
+    twin = Backend.from_str(source)
+    twin.no_padding()
+    twin.no_truncation()
+    twin.add_special_tokens([_as_special(token) for token in control.values()])
+    twin.encode_special_tokens = True
+    return twin
+
+
+def _without_spellings(source: str, control: set[str]) -> str:
+    """tokenizer.json whose model has no way to make a control token out of ordinary text: unigram models list control
+    tokens among their pieces, and merges may lead to one."""
+    value = json.loads(source)
+    model = value["model"]
+    if "merges" in model:
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        model["merges"] = [pair for pair in pairs if "".join(pair) not in control]
+    elif isinstance(model.get("vocab"), list):
+        gone = {text: _stand_in(f"gone{number}") for number, text in enumerate(sorted(control))}
+        model["vocab"] = [[gone.get(piece, piece), score] for piece, score in model["vocab"]]
+        for token in value["added_tokens"]:
+            token["content"] = gone.get(token["content"], token["content"])
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _as_special(token: AddedToken) -> AddedToken:
