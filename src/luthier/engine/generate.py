@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from luthier.engine import attention
+from luthier.engine.loss import head_of
 from luthier.engine.step import inner
 from luthier.spec.errors import BadSetting, UserError
 
@@ -110,7 +111,8 @@ def _decode(
 ) -> Iterator[tuple[int, int, FinishReason | None]]:
     """(row, token, why it ended or None) in the order of decoding; one forward pass gives every row one token."""
     device = shared.device
-    base = inner(model)
+    # The head gets [B, H]: for [B, 1, H] cut from a prompt's states, torch copies the whole matrix once for each row.
+    decoder, head = inner(model).get_decoder(), head_of(inner(model))
     cache = shared.cache_for(len(rows))
     tokens, mask, positions = (
         tensor.to(device) for tensor in _left_padded([prompts[row] for row in rows], len(shared), pad_id)
@@ -119,15 +121,14 @@ def _decode(
     count = 0
     while rows:
         count += 1
-        output = base(
+        output = decoder(
             input_ids=tokens,
             attention_mask=mask if padded else None,
             position_ids=positions,
             cache=cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        chosen = choose(output.logits[:, -1].float(), rows)
+        chosen = choose(head(output.last_hidden_state[:, -1]), rows)
         staying = []
         for place, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
             reason: FinishReason | None = "stop" if token in stops else "length" if count == limits[row] else None
@@ -190,7 +191,7 @@ def _shared(model: Any, prompts: Sequence[Sequence[int]], reach: int) -> _Shared
     if len(common) < MIN_SHARED or reach > min(windows, default=reach):
         return shared
     ids = torch.tensor([common], dtype=torch.long, device=shared.device)
-    base(input_ids=ids, cache=shared.cache, use_cache=True, logits_to_keep=1)
+    base.get_decoder()(input_ids=ids, cache=shared.cache, use_cache=True)
     return shared
 
 

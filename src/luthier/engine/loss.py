@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-SLICE_ELEMENTS = 32 * 1024 * 1024  # logits in one slice: 128 MiB in float32
+SLICE_ELEMENTS = 16 * 1024 * 1024  # logits in one slice: 64 MiB in float32
 
 Head = Callable[[Tensor], Tensor]
 
