@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from luthier.data.answer import answer_text
 from luthier.data.render import Renderer, Unrenderable
 from luthier.data.template import ChatTemplate, TemplateRefused
 from luthier.spec.data import Chat, Completion, Message, Rendered, Text, ToolCall
@@ -241,6 +242,39 @@ def test_tool_calls_a_template_ignores_are_refused(smollm2: Path) -> None:
     assert "look_up" in renderer.tokenizer.decode(renderer.rows(shown)[0].ids)
 
 
+def test_what_is_dropped_is_noticed_though_other_words_say_it(smollm2: Path, tmp_path: Path) -> None:
+    """B10, B11: a tool's or call's name, or a system text, that stands in the row anyway."""
+    renderer = Renderer.load(smollm2)
+    tool = {"type": "function", "function": {"name": "time", "parameters": {"type": "object"}}}
+    with pytest.raises(Unrenderable, match=r"tools\[0\]: found a tool \(time\)"):
+        renderer.rows(Chat(turns("What time is it?", "Noon."), (tool,)))
+    with pytest.raises(Unrenderable, match=r"tools\[0\]: found a tool \(time\)"):
+        renderer.prompt(turns("What time is it?"), (tool,))
+    call = message("assistant", "Let me see what time it is.", tool_calls=(ToolCall("time", {}),))
+    with pytest.raises(Unrenderable, match=r"messages\[1\]: found a call that the template drops \('time' is lost\)"):
+        renderer.rows(Chat((message("user", "Late?"), call)))
+    source = STYLES["chatml"].source.replace("{{ '<|im", "{% if m.role != 'system' %}{{ '<|im", 1)
+    tiny_models.make_tokenizer(tmp_path, template=source.replace("{% endfor %}", "{% endif %}{% endfor %}", 1))
+    with pytest.raises(Unrenderable, match=r"messages\[0\]: found a system message that the template drops"):
+        Renderer.load(tmp_path).rows(Chat(turns("Be brief, please.", "b", system="Be brief")))
+
+
+def test_what_was_learnt_to_the_letter_matches_its_reference(tmp_path: Path) -> None:
+    """Templates write tool calls and thinking in ways of their own; exact match must not hang on them."""
+    source = STYLES["tools"].source.replace("'<tool_call>'", "'[CALL]'").replace("'</tool_call>'", "'[/CALL]'")
+    source = source.replace("m.content }}", "m.content.replace('<think>', '<think>\\n') }}")
+    tiny_models.make_tokenizer(tmp_path, template=source)
+    renderer = Renderer.load(tmp_path)
+    call = message("assistant", "", tool_calls=(ToolCall("look_up", {"a": 1}),))
+    for answer in (call, message("assistant", "<think>hm</think>x")):
+        chat = Chat((message("user", "q"), answer, message("user", "r")), TOOLS)
+        asked = renderer.question(chat)
+        ids = [
+            token for row in renderer.rows(chat) for token, weight in zip(row.ids, row.weights, strict=True) if weight
+        ]
+        assert asked is not None and answer_text(renderer.parse(ids)) == asked[1] != ""
+
+
 @pytest.mark.parametrize("name", list(STYLES))
 def test_user_text_never_becomes_a_control_token(renderers: dict[tuple[str, bool], Renderer], name: str) -> None:
     style, renderer = STYLES[name], renderers[name, True]
@@ -354,6 +388,41 @@ def test_choice_of_template(tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text(STYLES["chatml"].source)
     assert Renderer.load(tmp_path, str(file)).template.name == "mine.jinja"
+
+
+def configure(folder: Path, **changes: object) -> Path:
+    """Change tokenizer_config.json; None removes a key."""
+    path = folder / "tokenizer_config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    return folder
+
+
+def test_of_several_own_templates_the_default_is_taken(tmp_path: Path) -> None:
+    tiny_models.make_tokenizer(tmp_path, template=None)
+    source = STYLES["emits-bos"].source
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": source}]
+    assert Renderer.load(configure(tmp_path, chat_template=several)).template.source == source
+    configure(tmp_path, chat_template=several[:1])
+    with pytest.raises(BadSetting, match=r"1 chat templates \(tool_use\) and none is the default"):
+        Renderer.load(tmp_path)
+    assert Renderer.load(tmp_path, "chatml").template.name == "chatml"
+
+
+def test_line_ends_of_an_own_template_become_plain(tmp_path: Path) -> None:
+    """They would not come back from the result's chat_template.jinja."""
+    tiny_models.make_tokenizer(tmp_path, template=None)
+    source = STYLES["chatml"].source.replace("{% endfor %}", "{% endfor %}\r\n")
+    assert "\r" not in Renderer.load(configure(tmp_path, chat_template=source)).template.source
+
+
+def test_completions_end_without_an_end_of_text_token_too(tmp_path: Path) -> None:
+    """B05: then the end of a turn ends them."""
+    tiny_models.make_tokenizer(tmp_path, template=STYLES["chatml"].source)
+    renderer = Renderer.load(configure(tmp_path, eos_token=None))
+    for example in (Completion("color 3 ->", " red"), Text("one two")):
+        row = renderer.rows(example)[0]
+        assert row.ids[-1] == renderer.stop_ids[0] and row.weights[-1] == 1
 
 
 def test_styles_cover_what_was_promised() -> None:

@@ -13,14 +13,15 @@ Does not know: files, batches, torch.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from luthier.data.answer import answer_text, parse_answer
-from luthier.data.expressed import lost
-from luthier.data.template import ChatTemplate, TemplateRefused, choose_template
+from luthier.data.expressed import lost, without
+from luthier.data.template import ChatTemplate, TemplateRefused, choose_template, own_template
 from luthier.data.tokenizer import OPEN, IncrementalText, Tokenizer
 from luthier.spec.data import Chat, Completion, Example, Message, Problem, Rendered, Text
 from luthier.spec.errors import BadSetting, UserError
@@ -62,7 +63,7 @@ class Renderer:
         tokenizer = Tokenizer(folder)
         own_file = folder / "chat_template.jinja"
         own = own_file.read_text(encoding="utf-8") if own_file.is_file() else tokenizer.config.get("chat_template")
-        name, source = choose_template(template, own if isinstance(own, str) else None, tokenizer.has)
+        name, source = choose_template(template, own_template(own, template), tokenizer.has)
         variables = {
             key: value
             for key in ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -154,7 +155,7 @@ class Renderer:
             text = self.template.render(turns, kit, True)
         except TemplateRefused as error:
             raise Unrenderable(Problem(0, "messages", error.message, "messages that the template accepts")) from error
-        self._check(Chat(tuple(messages), tuple(tools)), text, (), {})
+        self._check(Chat(tuple(messages), tuple(tools)), text, (), {}, generation=True)
         return self._ids([_Marked(self._mark(turns, kit, text, upto=len(turns))[0], ())])[0].ids
 
     def completion_prompt(self, prompt: str) -> list[int]:
@@ -162,14 +163,19 @@ class Renderer:
         return self.tokenizer.with_first(self.tokenizer.plain(prompt))
 
     def question(self, example: Example) -> tuple[list[int], str] | None:
-        """(prompt ids, reference answer) of an example's last learnt answer; None for plain text."""
+        """(prompt ids, reference answer) of an example's last learnt answer; None for plain text.
+
+        A chat's reference is what `parse` makes of the ids that training would learn: a model that learnt them to the
+        letter must match, however its template writes tool calls or thinking. Raises Unrenderable.
+        """
         if isinstance(example, Completion):
             return self.completion_prompt(example.prompt), example.completion
         if isinstance(example, Text):
             return None
         last = max(n for n, message in enumerate(example.messages) if message.role == "assistant" and message.weight)
-        answer = example.messages[last]
-        return self.prompt(example.messages[:last], example.tools), answer_text(answer)
+        prompt = self.prompt(example.messages[:last], example.tools)
+        row = self.rows(replace(example, messages=example.messages[: last + 1]))[-1]
+        return prompt, answer_text(self.parse(row.ids[len(prompt) :]))
 
     # -- rows: what training sees -------------------------------------------------------------------------------
 
@@ -344,10 +350,22 @@ class Renderer:
             weights[0] = 0.0  # nothing comes before the first token, so nothing can predict it
         return Rendered(whole, weights)
 
-    def _check(self, chat: Chat, text: str, learnt: Sequence[int], seen: dict[int, tuple[int, int]]) -> None:
+    def _check(
+        self,
+        chat: Chat,
+        text: str,
+        learnt: Sequence[int],
+        seen: dict[int, tuple[int, int]],
+        generation: bool = False,
+    ) -> None:
         answers = {n: text[slice(*seen[n])] for n in learnt}
         if (problem := lost(chat, text, answers, self.tokenizer.break_control)) is not None:
             raise Unrenderable(problem)
+        for variant, problem in without(chat):
+            turns = [self._as_template(message) for message in variant.messages]
+            with contextlib.suppress(TemplateRefused):
+                if self.template.render(turns, self._break(list(variant.tools)) or None, generation) == text:
+                    raise Unrenderable(problem)
 
     def _refuse(self, chat: Chat, field: str, found: str, wanted: str, hint: str = "") -> Unrenderable:
         return Unrenderable(Problem(chat.line, field, found, wanted, hint, row=chat.row))

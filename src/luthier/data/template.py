@@ -191,6 +191,24 @@ BUILT_IN: dict[str, str] = {
 }
 
 
+def own_template(value: Any, asked: str | None) -> str | None:
+    """The template in tokenizer_config.json's `chat_template`: a text, or of a list of named ones the `default`.
+
+    Line ends become plain, as Jinja has them anyway and files do not keep others. Raises BadSetting for a list without
+    a default, unless another template is `asked` for.
+    """
+    if isinstance(value, list):
+        named = {str(item.get("name")): item.get("template") for item in value if isinstance(item, dict)}
+        if "default" not in named and asked is None:
+            raise BadSetting(
+                f"The model has {len(value)} chat templates ({', '.join(named)}) and none is the default.",
+                param="template",
+                hint="Write one of them to a file and give it with --template.",
+            )
+        value = named.get("default")
+    return value.replace("\r\n", "\n") if isinstance(value, str) else None
+
+
 def choose_template(asked: str | None, own: str | None, vocabulary: Callable[[str], bool]) -> tuple[str, str]:
     """(name, source): the one asked for (a built-in name or a file), else the model's own, else ours that fits.
 
