@@ -7,6 +7,8 @@ Does not know: the loop.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from luthier.data.dataset import Prepared, Rows, prepare, split
 from luthier.data.render import Renderer
@@ -83,7 +86,14 @@ def make_ready(
     max_length = _max_length(request, renderer)
 
     emit("phase", name="data", message=f"Reading {', '.join(request.data)}")
-    prepared, train, validation, seed = _read_data(request, renderer, max_length, emit, resumed, heed)
+    seed = _seed(run, request)
+    prepared, train, validation = _read_data(request, renderer, max_length, seed, emit, heed)
+    if twice := _asked_twice(train, validation):
+        emit(
+            "warning",
+            message=f"{twice} of {len(validation or ())} validation rows ask what training rows ask.",
+            hint="Their score says little about new prompts; --validation 0.1 holds out prompts of their own.",
+        )
     for warning in prepared.warnings[:20]:
         emit("warning", message=str(warning), hint="")
     if prepared.warning_count > 20:
@@ -159,10 +169,10 @@ def _read_data(
     request: TrainRequest,
     renderer: Renderer,
     max_length: int,
+    seed: int,
     emit: Emit,
-    resumed: dict[str, Any] | None,
     heed: Callable[[], None],
-) -> tuple[Prepared, Rows, Rows | None, int]:
+) -> tuple[Prepared, Rows, Rows | None]:
     def read(paths: list[str], name: str) -> Prepared:
         last = -1
 
@@ -177,22 +187,39 @@ def _read_data(
         return prepare(paths, renderer, max_length=max_length, overlong=request.overlong, progress=progress)
 
     prepared = read(request.data, "data")
-    if resumed is not None:
-        seed = int(resumed["settings"]["seed"])
-    else:
-        seed = request.seed if request.seed is not None else secrets.randbelow(2**31)
     share = validation_share(request.validation)
     if share is not None:
         train, validation = split(prepared.rows, share, seed)
-        return prepared, train, validation, seed
+        return prepared, train, validation
     if request.validation is None:
-        return prepared, prepared.rows, None, seed
+        return prepared, prepared.rows, None
     try:
         held = read([request.validation], "validation")
     except BadData as error:
         error.param = "validation"
         raise
-    return prepared, prepared.rows, held.rows, seed
+    return prepared, prepared.rows, held.rows
+
+
+def _asked_twice(train: Rows, validation: Rows | None) -> int:
+    """How many validation rows have a prompt that is trained on."""
+    asked = set(train.keys)
+    return sum(key in asked for key in validation.keys) if validation is not None else 0
+
+
+def _seed(run: RunFolder, request: TrainRequest) -> int:
+    """The seed asked for; else the one that an earlier attempt chose, also when it came to no checkpoint; else a new
+    one. All ranks take the first one's, or each would train another adapter on other rows."""
+    if request.seed is not None:
+        return request.seed
+    seed = secrets.randbelow(2**31)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        seed = int(json.loads(run.spec.read_text(encoding="utf-8"))["settings"]["seed"])
+    if dist.is_initialized():
+        shared = torch.tensor(seed)
+        dist.broadcast(shared, src=0)
+        seed = int(shared)
+    return seed
 
 
 def settle(
@@ -223,12 +250,18 @@ def settle(
 
 def _must_agree(before: dict[str, Any], now: dict[str, Any]) -> None:
     """A resumed run must be the same run: same base, data, template and settings, by content."""
+    by_content = {"model", "data", "validation", "template"}  # wherever they lie now
+    before, now = (
+        {**spec, "options": {key: value for key, value in spec["request"].items() if key not in by_content}}
+        for spec in (before, now)
+    )
     for key, words in (
         ("base", "the base model"),
         ("template", "the chat template"),
         ("data", "the training data"),
         ("validation", "the validation data"),
         ("settings", "the settings"),
+        ("options", "the settings"),
     ):
         left, right = before[key], now[key]
         if key == "base":

@@ -38,6 +38,9 @@ METRICS = (
 )  # fmt: skip
 
 
+SPEC_KEYS = {"request", "settings", "base", "template", "data", "validation"}
+
+
 class Stopped(Exception):
     """The stop note was found; the run is at a checkpoint, or has not taken its first step."""
 
@@ -48,7 +51,7 @@ def train(run: RunFolder) -> None:
     rank, ranks = _join()
     emit = run.emit if rank == 0 else silent
     begun = time.monotonic()
-    request = TrainRequest.model_validate_json(run.request.read_text(encoding="utf-8"))
+    request = _read_request(run)
     if rank == 0:
         run.stop_note.unlink(missing_ok=True)
     found, damaged = checkpoint.newest(run.checkpoints)
@@ -255,14 +258,16 @@ class Loop:
             write_whole(self.run.metrics, _csv(METRICS) + "\n")
 
     def restore(self, step: int, progress: dict[str, Any]) -> None:
-        """Go back to the checkpoint's place: later lines of metrics.csv belong to steps that will be taken again."""
+        """Go back to the checkpoint's place: later lines of metrics.csv belong to steps that will be taken again.
+
+        A damaged line is left out: a record for people must not keep a run from going on.
+        """
         self.step, self.progress = step, progress
-        if self.rank == 0 and self.run.metrics.is_file():
-            lines = self.run.metrics.read_text(encoding="utf-8").splitlines()
-            kept = [
-                line for line in lines[1:] if line.count(",") == len(METRICS) - 1 and int(line.split(",")[0]) <= step
-            ]
-            write_whole(self.run.metrics, "\n".join([_csv(METRICS), *kept]) + "\n")
+        if self.rank:
+            return
+        text = self.run.metrics.read_text(encoding="utf-8", errors="replace") if self.run.metrics.is_file() else ""
+        kept = [line for line in text.splitlines() if line.count(",") == len(METRICS) - 1 and _step_of(line) <= step]
+        write_whole(self.run.metrics, "\n".join([_csv(METRICS), *kept]) + "\n")
 
     def _checkpoint(self) -> None:
         best = self.progress["best_step"] == self.step
@@ -334,14 +339,30 @@ def _add_up(*values: float) -> tuple[float, ...]:
     return tuple(total.tolist())
 
 
+def _read_request(run: RunFolder) -> TrainRequest:
+    try:
+        return TrainRequest.model_validate_json(run.request.read_text(encoding="utf-8"))
+    except ValueError as error:  # pydantic's own is one
+        reason = " ".join(str(error).split())
+        raise UserError(f"{run.request} is damaged: {reason}", hint="Start a new run.", param="resume") from error
+
+
 def _read_spec(run: RunFolder) -> dict[str, Any]:
     try:
-        spec: dict[str, Any] = json.loads(run.spec.read_text(encoding="utf-8"))
+        spec: Any = json.loads(run.spec.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Broken(
             f"{run.spec} cannot be read, so the run cannot go on: {error}.", hint="Start a new run."
         ) from error
-    return spec
+    if not isinstance(spec, dict) or not spec.keys() >= SPEC_KEYS:
+        raise Broken(f"{run.spec} is damaged, so the run cannot go on.", hint="Start a new run.")
+    return dict(spec)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.csv; infinite when it has none."""
+    number = line.partition(",")[0]
+    return int(number) if number.isdecimal() else math.inf
 
 
 def _csv(values: Any) -> str:
