@@ -135,6 +135,23 @@ def test_text_of_files_cannot_steer_the_terminal(
     assert capsys.readouterr().err == "Error: found \\x1b]0;title\\x07 and \\u202e[bold].\n"
 
 
+def test_paths_that_the_system_refuses_are_no_fault_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names that are too long, in every place where a path is asked for."""
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n')
+    long = str(tmp_path / ("x" * 300))
+    for words in (
+        ("train", "--model", "nothing", "--data", long),
+        ("train", "--model", "nothing", "--data", str(file), "--out", long),
+        ("train", "--resume", long),
+        ("evaluate", long, "--data", str(file)),
+        ("data", "show", long, "--model", "nothing"),
+    ):
+        assert called(*words) in (2, 75), words
+        told = capsys.readouterr().err
+        assert "Traceback" not in told and "File name too long" in told.replace("\n", " "), words
+
+
 def test_an_unexpected_error_shows_where_and_one_sentence(tmp_path: Path) -> None:
     code = (
         "from luthier.engine import catalogue\nfrom luthier.cli import main\n"

@@ -212,6 +212,16 @@ def test_a_completion_is_compared_as_plain_text(loaded: models.Loaded, renderer:
     ]
 
 
+def test_an_empty_prompt_is_measured_and_not_asked(loaded: models.Loaded, renderer: Renderer) -> None:
+    told: list[str] = []
+    examples = [Completion("", "the fox"), Completion("a", " b")]
+    report = evaluate(loaded, renderer, examples, compare=False, max_tokens=4, tell=told.append)
+    assert report.tuned is not None and report.tuned.rows == 2
+    assert report.tuned.supervised_tokens == sum(renderer.rows(example)[0].supervised for example in examples)
+    assert [sample.prompt for sample in report.samples] == ["a"]
+    assert told == ["1 rows have an empty prompt: their loss is measured, and there is no answer to ask for."]
+
+
 def test_samples_show_the_question_that_was_answered(loaded: models.Loaded, renderer: Renderer) -> None:
     turns = (
         Message("system", "you are a helpful assistant"),

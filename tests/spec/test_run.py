@@ -106,6 +106,8 @@ def test_folders_that_are_not_runs_or_already_are(tmp_path: Path) -> None:
     blocked.write_text("")
     with pytest.raises(NotNow, match="cannot be written"):
         RunFolder(blocked / "run").create({})
+    with pytest.raises(NotNow, match="cannot be written"):
+        RunFolder(tmp_path / ("x" * 300)).create({})
 
 
 def test_errors_say_whose_fault_and_what_next() -> None:

@@ -5,6 +5,7 @@ Every command imports the room it needs when it runs, so that `luthier --help` a
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from luthier.cli.evaluate import evaluate
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
 from luthier.cli.train import train
 from luthier.spec.errors import BadData, Broken, LuthierError, UserError
+
+# What the system says of a path that somebody typed and nobody can use; whichever room meets it first.
+UNUSABLE = frozenset({errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR})
 
 app = typer.Typer(
     name="luthier",
@@ -68,6 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_told(error, as_json))
     except typer.TyperException as error:
         sys.exit(_misused(error, as_json))
+    except OSError as error:
+        if error.errno not in UNUSABLE or error.filename is None:
+            raise
+        told = UserError(
+            f"{error.filename} cannot be used: {error.strerror}.", hint="Check the path and who may use it."
+        )
+        sys.exit(_told(told, as_json))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
 

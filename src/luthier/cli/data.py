@@ -295,6 +295,13 @@ def tokenize(
     """
     from luthier.data.tokenizer import Tokenizer
 
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # how Python keeps bytes of the command line that are not UTF-8
+        found = f"U+{ord(text[error.start]):04X}"
+        raise UserError(
+            f"The text is not valid UTF-8: found {found}.", param="text", hint="Give it as UTF-8."
+        ) from error
     tokenizer = Tokenizer(resolve_model(model))
     tokens = [(token, tokenizer.token_text(token), tokenizer.token_bytes(token)) for token in tokenizer.plain(text)]
     if as_json:

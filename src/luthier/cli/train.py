@@ -164,8 +164,7 @@ def _new(given: dict[str, Any], out: str | None) -> tuple[RunFolder, dict[str, A
     values = request.model_dump(mode="json", exclude_unset=True)
     values.update(_whole_paths(request))
     run = RunFolder(out or _default_out(request.model))
-    if run.request.exists():
-        run.create(values)  # refuses before a model is pulled for nothing
+    run.refuse_taken()  # before a model is pulled for nothing
     folder = resolve_model(request.model)
     values["model"] = _model_reference(request.model, folder)
     return run.create(values), values

@@ -78,6 +78,8 @@ def evaluate(
     tell = tell or _ignore
     context = generate.context_of(loaded.model)
     material = _prepare(renderer, examples, context, source)
+    if silent := sum(not isinstance(example, Text) for example in examples) - len(material.questions):
+        tell(f"{silent} rows have an empty prompt: their loss is measured, and there is no answer to ask for.")
     most = max_tokens or _answer_tokens(renderer, material.questions, tell)
     ask = _Ask(renderer, material, context, generate.Sampling(max_tokens=most), micro_tokens, batch_size, progress)
 
@@ -161,7 +163,7 @@ def _prepare(renderer: Renderer, examples: Sequence[Example], context: int, sour
             continue
         material.examples += 1
         material.rows += [(np.asarray(row.ids, np.int32), np.asarray(row.weights, np.float32)) for row in rendered]
-        if not isinstance(example, Text) and (asked := renderer.question(example)) is not None:
+        if not isinstance(example, Text) and (asked := renderer.question(example)) is not None and asked[0]:
             material.questions.append(_Question(example, *asked))
     if problems or not material.examples:
         first = f"{len(problems)} of the records cannot be measured; the first: {problems[0]}" if problems else ""

@@ -122,22 +122,33 @@ class RunFolder:
 
     def create(self, request: dict[str, Any]) -> RunFolder:
         """Lay out a new run. Raises NotNow when the folder already holds one or cannot be written."""
-        if self.request.exists():
+        self.refuse_taken()
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_json(self.request, request)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return self
+
+    def refuse_taken(self) -> None:
+        """Raises NotNow when no new run can be laid out here: there is one, or there can be no such folder."""
+        try:
+            taken = self.request.exists()
+        except OSError as error:  # a name that is too long, for one
+            raise self._unwritable(error) from error
+        if taken:
             raise NotNow(
                 f"{self.path} already holds a run.",
                 hint=f"Go on with it (`luthier train --resume {self.path}`) or name another --out.",
                 param="out",
             )
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_json(self.request, request)
-        except OSError as error:
-            raise NotNow(
-                f"The run folder {self.path} cannot be written: {error.strerror}.",
-                hint="Choose a folder that you may write to with --out.",
-                param="out",
-            ) from error
-        return self
+
+    def _unwritable(self, error: OSError) -> NotNow:
+        return NotNow(
+            f"The run folder {self.path} cannot be written: {error.strerror}.",
+            hint="Choose a folder that you may write to with --out.",
+            param="out",
+        )
 
     def emit(self, type: str, **fields: Any) -> None:
         """Append one event. `type` is one of EVENTS."""
