@@ -1,4 +1,4 @@
-"""Memory does not grow with the steps: torch keeps a kernel for every shape it meets, and every step brings new ones."""
+"""Memory does not grow with the steps, although torch keeps a kernel for every shape and each step brings new ones."""
 
 from __future__ import annotations
 
