@@ -236,3 +236,12 @@ def test_self_check_sees_a_head_it_does_not_know(tmp_path: Path) -> None:
     model.lm_head.forward = odd
     assert step.self_check(model, rows) > 0.03
     assert {2, 3} <= set(seen)
+
+
+def test_a_model_with_attention_code_of_its_own_is_refused(tmp_path: Path) -> None:
+    """B29: it never asks for ours, so rows of a forest would see each other, by less than a self-check can tell."""
+    folder = tiny_models.make_model(tmp_path / "m", family="bloom")
+    model: Any = models.load_base(folder, "float32")
+    attention.install(model)
+    with pytest.raises(BadSetting, match="BloomForCausalLM computes its attention in a way of its own"):
+        step.self_check(model, rows_of([3], 4, 8))

@@ -52,6 +52,7 @@ class Plan:
     forest: Forest
     device: torch.device
     positions: Tensor = field(init=False)
+    calls: int = 0
     _blocks: dict[tuple[int | None, torch.dtype], list[Block]] = field(default_factory=dict)
     _dense: dict[int | None, Tensor] = field(default_factory=dict)
 
@@ -119,6 +120,16 @@ def active(plan: Plan) -> Iterator[None]:
         _active.pop()
 
 
+def require_used(plan: Plan, model: Any) -> None:
+    """Raises BadSetting when a layer of `model` computed attention in code of its own: its rows saw each other."""
+    if plan.calls < model.config.get_text_config().num_hidden_layers:
+        raise BadSetting(
+            f"{type(model).__name__} computes its attention in a way of its own, which Luthier cannot train yet.",
+            param="model",
+            hint="Choose another base model.",
+        )
+
+
 def forest_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -141,6 +152,7 @@ def forest_attention(
             )
     assert attention_mask is None and dropout == 0.0, "a forest brings its own structure"
     plan = _active[-1]
+    plan.calls += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
         attend: Any = _ForestAttention.apply  # torch leaves it unannotated

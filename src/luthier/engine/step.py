@@ -52,6 +52,7 @@ def hidden_states(model: Any, tree: Forest) -> Tensor:
             position_ids=plan.positions[None],
             use_cache=False,
         )
+    attention.require_used(plan, inner(model))
     states: Tensor = output.last_hidden_state[0]
     return states.index_select(0, torch.from_numpy(tree.sources).to(device))
 
