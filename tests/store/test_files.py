@@ -228,3 +228,17 @@ def test_creating_and_deleting_the_same_content_at_once_never_loses_it(files: Fi
         thread.join()
     assert faults == []
     assert files.list().data == () and blobs(files) == []
+
+
+def test_content_that_is_being_named_again_is_not_dropped(files: Files, database: Database) -> None:
+    """The last row of a content goes while another row of it is on its way: the delete waits for the outcome."""
+    old = create(files)
+    deleting = threading.Thread(target=files.delete, args=(old.id,))
+    with files.blobs.receive([b"hello world"]) as again, database.transaction() as connection:
+        file = files.insert(connection, again, filename="b", purpose="fine-tune")
+        deleting.start()
+        deleting.join(0.5)  # without a lock it is through by then, and the blob is gone
+    deleting.join()
+    with files.open(file.id) as handle:
+        assert handle.read() == b"hello world"
+    assert files.list().data == (file,)

@@ -66,7 +66,7 @@ def _judge(database: Database, noted: list[list[str]]) -> None:
         with files.open(row.id) as handle:
             assert hashlib.sha256(handle.read()).hexdigest() == row.sha256
     assert set(files.blobs.all()) == {row.sha256 for row in rows} | set(parts)
-    assert list(files.blobs.incoming.iterdir()) == []
+    assert {path.name for path in files.blobs.root.rglob("*") if path.is_file()} == set(files.blobs.all())
     for job in jobs.list(limit=100_000).data:
         assert len(history.events(job.id).data) == 2
     for id in deleting:

@@ -80,6 +80,7 @@ def test_pages_walked_are_the_list(paged: tuple[Paged, Callable[[], object]]) ->
     for limit in (1, 2, len(ids) - 1, len(ids), len(ids) + 1):
         assert walk(ask, limit, "asc") == ids
         assert walk(ask, limit, "desc") == ids[::-1]
+    assert not ask(limit=len(ids)).has_more and ask(limit=len(ids) - 1).has_more
     assert ask(after=ids[-1], order="asc") == Page((), False)
     assert ask(after=ids[0], order="desc") == Page((), False)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import pytest
 
@@ -100,6 +102,45 @@ def test_after_an_end_nothing_is_taken(uploads: Uploads, files: Files, clock: Cl
     assert uploads.sweep() == 0
     assert uploads.get(expired.id).status == "expired"
     assert list(files.blobs.all()) == [hashlib.sha256(b"x").hexdigest()]
+
+
+def test_an_upload_that_is_closed_while_a_part_arrives(uploads: Uploads, files: Files) -> None:
+    upload = begin(uploads)
+
+    def pieces() -> Iterator[bytes]:
+        yield b"hello "
+        uploads.cancel(upload.id)
+        yield b"world"
+
+    with pytest.raises(UserError, match="is cancelled"):
+        uploads.add_part(upload.id, pieces())
+    assert uploads.parts(upload.id) == [] and list(files.blobs.all()) == []
+
+
+@pytest.mark.parametrize("act", ["complete", "cancel"])
+def test_an_upload_that_is_closed_while_it_is_completed(
+    uploads: Uploads, files: Files, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    upload = begin(uploads)
+    parts = [uploads.add_part(upload.id, [piece]).id for piece in (b"hello ", b"world")]
+    opener = files.opener
+
+    def meddle(sha256: str) -> Callable[[], BinaryIO]:
+        monkeypatch.undo()
+        if act == "complete":
+            uploads.complete(upload.id, parts)
+        else:
+            uploads.cancel(upload.id)
+        return opener(sha256)
+
+    monkeypatch.setattr(files, "opener", meddle)
+    if act == "complete":
+        done = uploads.complete(upload.id, parts)
+        assert done.status == "completed" and [file.id for file in files.list().data] == [done.file_id]
+    else:
+        with pytest.raises(UserError, match="is cancelled"):
+            uploads.complete(upload.id, parts)
+        assert files.list().data == () and list(files.blobs.all()) == []
 
 
 def test_a_part_has_a_limit(uploads: Uploads) -> None:

@@ -38,7 +38,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, OperationalError, TimeoutError
 
 from luthier.spec.errors import BadSetting, NotFound, NotNow, UserError
 from luthier.store.tables import places
@@ -119,9 +119,10 @@ class Database:
         try:
             with self.engine.connect().execution_options(luthier_writes=writes) as connection, connection.begin():
                 yield connection
-        except OperationalError as error:
+        except (OperationalError, TimeoutError) as error:  # the second: no connection of the pool became free
+            why = error.orig if isinstance(error, OperationalError) else error
             raise NotNow(
-                f"The database {self.url.render_as_string(hide_password=True)} does not answer: {error.orig}.",
+                f"The database {self.url.render_as_string(hide_password=True)} does not answer: {why}.",
                 hint="Check that it runs, that its folder can be written, and that its disk is not full.",
             ) from error
 
