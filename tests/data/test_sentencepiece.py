@@ -23,7 +23,7 @@ TEMPLATES = {
     "{% if add_generation_prompt %}{{ '<assistant>\\n' }}{% endif %}",
     # A space of the template's own before each answer.
     "brackets": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
-    "{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}",
+    "{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
     # Control tokens around everything.
     "controls": "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",

@@ -548,6 +548,19 @@ def test_every_method_learns(tmp_path: Path, tiny: Path, data: Path, method: str
     assert loaded.adapter == (method not in ("full", "freeze:1"))
 
 
+def test_attention_dropout_of_the_base_is_turned_off_and_told(tmp_path: Path, data: Path) -> None:
+    """Whether it is a number or, as in GPT-2, a layer of its own."""
+    made: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("gpt2", {"attn_pdrop": 0.1}),
+        ("llama", {"attention_dropout": 0.1}),
+    )
+    for family, words in made:
+        model = tiny_models.make_model(tmp_path / family, family=family, **words)
+        run = train(tmp_path / f"run-{family}", model, data, max_steps=1, precision="float32")
+        told = [event["message"] for event in events(run, "warning")]
+        assert "The base's attention dropout of 0.1 is turned off while tuning." in told
+
+
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma3"])
 def test_other_families_learn(tmp_path: Path, data: Path, family: str) -> None:
     model = tiny_models.make_model(tmp_path / "m", family=family)

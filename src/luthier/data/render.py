@@ -49,7 +49,7 @@ class _Marked:
 
 class Renderer:
     """Made by `Renderer.load(folder, template)`. Attributes: tokenizer, template, stop_ids,
-    end_token, `lead` (what the template itself puts before an answer: a space, or nothing)."""
+    end_token, `lead` and `trail` (what the template itself puts around an answer: a space, or nothing)."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self.tokenizer = tokenizer
@@ -103,6 +103,7 @@ class Renderer:
             )
         self.lead, after = answer.split(_PROBE, 1)
         self._tail = after
+        self.trail = after[: len(after) - len(after.lstrip())]
         found = self.tokenizer.control.match(after.lstrip())
         self.openers: frozenset[str] = frozenset()
         if found:
@@ -112,7 +113,11 @@ class Renderer:
             more = (self._opener(probe, role) for role in ("tool", "assistant", "system"))
             self.openers = frozenset([opener, *(text for text in more if text)])
         elif self.tokenizer.eos and not after.strip():
-            self.turns, self.end_token = "bare", self.tokenizer.eos
+            self.turns, self.end_token, self.trail = (
+                "bare",
+                self.tokenizer.eos,
+                "",
+            )  # the tail comes after the end token
         else:
             raise BadSetting(
                 "Nothing in the chat template, nor in the tokenizer, tells where an answer ends.",
@@ -402,10 +407,10 @@ class Renderer:
     # -- ids to messages ----------------------------------------------------------------------------------------
 
     def answer(self, ids: Sequence[int]) -> str:
-        """Text of generated ids up to the first stop token, without what the template itself puts before an answer."""
+        """Text of generated ids up to the first stop token, without what the template itself puts around an answer."""
         stops = set(self.stop_ids)
         end = next((n for n, token in enumerate(ids) if token in stops), len(ids))
-        return self.tokenizer.decode(ids[:end]).removeprefix(self.lead)
+        return self.tokenizer.decode(ids[:end]).removeprefix(self.lead).removesuffix(self.trail)
 
     def parse(self, ids: Sequence[int]) -> Message:
         """The assistant message that generated ids spell: undoes rendering, tool calls included."""

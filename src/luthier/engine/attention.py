@@ -150,7 +150,12 @@ def forest_attention(
                 param="model",
                 hint="Choose another base model.",
             )
-    assert attention_mask is None and dropout == 0.0, "a forest brings its own structure"
+    if attention_mask is not None or dropout:
+        raise BadSetting(
+            f"{type(module).__name__} uses {'dropout' if dropout else 'a mask'} that a forest has no place for.",
+            param="model",
+            hint="Choose another base model.",
+        )
     plan = _active[-1]
     plan.calls += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -278,17 +278,17 @@ def _must_agree(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _still(model: Any) -> list[str]:
     """Attention dropout would need a random mask inside every block; it is turned off, and said."""
-    found = sorted(
-        {
-            float(module.attention_dropout)
-            for module in model.modules()
-            if isinstance(getattr(module, "attention_dropout", None), float) and module.attention_dropout > 0
-        }
-    )
+    found = [0.0]
     for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    return [f"The base's attention dropout of {found[-1]} is turned off while tuning."] if found else []
+        for name in ("attention_dropout", "attn_dropout"):
+            value = getattr(module, name, None)
+            if isinstance(value, float):
+                found.append(value)
+                setattr(module, name, 0.0)
+            elif isinstance(value, torch.nn.Dropout):
+                found.append(value.p)
+                value.p = 0.0
+    return [f"The base's attention dropout of {max(found)} is turned off while tuning."] if max(found) > 0 else []
 
 
 def _prove_path(model: Any, train: Rows, precision: str) -> None:
