@@ -358,6 +358,12 @@ def test_a_template_that_is_closed_only_sometimes_never_leaks(tmp_path: Path) ->
         "{{ messages.append(1) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ nothing.at.all }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{{ 10.0 ** 400 }}",
+        "{{ '{0.__class__}'.format_map(messages) }}",
+        "{{ lipsum(n=100000) }}",
     ],
 )
 def test_templates_are_bounded(source: str) -> None:

@@ -59,6 +59,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
             self.filters[name] = self._measured(self.filters[name])
         self.filters["replace"] = self.replace
         self.globals.update(raise_exception=_raise)
+        del self.globals["lipsum"]
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -70,10 +71,13 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
     def counted(self, items: Any) -> Any:
         """Count rounds before they run; keep the container (loop.length, reverse iteration need it)."""
-        self.loops += len(items) if hasattr(items, "__len__") else 1_000
-        if self.loops > MAX_LOOPS:
-            raise SecurityError(f"more than {MAX_LOOPS:,} loop rounds")
+        self._spend(len(items) if hasattr(items, "__len__") else 1_000)
         return items
+
+    def _spend(self, rounds: int) -> None:
+        self.loops += rounds
+        if self.loops > MAX_LOOPS:
+            raise SecurityError(f"more than {MAX_LOOPS:,} loop rounds and calls")
 
     def joined(self, parts: list[Any]) -> str:
         texts = [str(part) for part in parts]
@@ -90,7 +94,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         if operator == "*" and (isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple)):
             sequence, times = (left, right) if hasattr(left, "__len__") else (right, left)
             _check_size(len(sequence) * max(0, int(times)))
-        elif operator == "+" and isinstance(left, str) and isinstance(right, str):
+        elif operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
             _check_size(len(left) + len(right))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             _check_size(left.bit_length() * max(0, right))
@@ -105,6 +109,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return bool(super().is_safe_attribute(obj, attr, value))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        __self._spend(1)  # a macro that calls itself twice is a loop too
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name == "replace" and len(args) >= 2:
             _check_size(len(owner) + owner.count(args[0]) * len(args[1]))
@@ -176,10 +181,12 @@ class ChatTemplate:
                 size += len(piece)
                 _check_size(size)
                 pieces.append(piece)
-        except (jinja2.TemplateError, SecurityError, TypeError, ValueError, KeyError, OverflowError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise TemplateRefused(f"template {self.name} refuses: {error}") from error
         except RecursionError as error:
             raise TemplateRefused(f"template {self.name} recurses without end") from error
+        except MemoryError as error:
+            raise TemplateRefused(f"template {self.name} takes all the memory there is") from error
         return "".join(pieces)
 
 
