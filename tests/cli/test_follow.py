@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from luthier.cli.follow import Outcome, end_at_once, engine_command, exit_code_of, follow
-from luthier.cli.train import show_run
+from luthier.cli.train import _print_failure, show_run
 from luthier.spec.run import RunFolder
 from tests.cli.fake_engine import REPORT
 
@@ -235,6 +235,15 @@ def test_plain_failure_is_short(run: RunFolder, capsys: pytest.CaptureFixture[st
     assert lines[0] == "Error: 30 problems in the data."
     assert lines[21] == "  and 10 more."
     assert lines[22] == f"Look at them. Once that is put right: luthier train --resume {run.path}"
+
+
+def test_what_no_resume_can_change_is_not_resumed(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    event = {"message": "The loss became nan.", "hint": "Lower --learning-rate.", "code": "invalid_request"}
+    _print_failure(run, {**event, "param": "learning_rate"}, [])
+    told = capsys.readouterr().err
+    assert "start another, with another --out" in told and "--resume" not in told
+    _print_failure(run, {**event, "param": "data"}, [])
+    assert f"Once that is put right: luthier train --resume {run.path}" in capsys.readouterr().err
 
 
 def test_plain_lines_of_a_killed_engine(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

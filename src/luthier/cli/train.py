@@ -39,6 +39,8 @@ PANELS = {
     "Run": ("seed", "precision", "checkpoint_every", "validate_every"),
 }
 REQUIRED = ("model", "data")
+# Options that --resume cannot change. What the others name is a file or a folder, and can be put right where it lies.
+FIXED = frozenset(TrainRequest.model_fields) - {"model", "data", "validation", "template"}
 
 
 def train(**options: Any) -> None:
@@ -274,7 +276,9 @@ def _print_failure(run: RunFolder, event: dict[str, Any], log_tail: Sequence[str
             err.print("  " + visible(line), style="dim", markup=False, soft_wrap=True)
     problems = [Problem(**problem) for problem in event.get("problems") or []]
     hint = str(event.get("hint") or "")
-    if _resume(run) not in hint:
+    if event.get("param") in FIXED:
+        hint += f"{' ' if hint else ''}A run keeps the options it was started with: start another, with another --out."
+    elif _resume(run) not in hint:
         ours = event.get("code") == Broken.code
         hint += f"{' ' if hint else ''}{'To try again' if ours else 'Once that is put right'}: {_resume(run)}"
     print_error(str(event.get("message")), hint, problems)
