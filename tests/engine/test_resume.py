@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from luthier.engine import checkpoint
 from luthier.engine.__main__ import carry_out
 from luthier.engine.train import Loop
 from luthier.spec.run import RunFolder
+from tests import tiny as tiny_models
 from tests.engine.runs import chats, events, lay_out, process, train, weights, write
 
 OPTIONS: dict[str, Any] = {"max_steps": 5, "checkpoint_every": 2, "precision": "float32"}
@@ -121,3 +123,23 @@ def test_validation_rows_that_are_trained_on_are_told(tmp_path: Path, tiny: Path
     assert "2 of 5 validation rows ask what training rows ask." in told
     run = train(tmp_path / "split", tiny, data, validation="0.3", **OPTIONS)
     assert events(run, "warning") == []
+
+
+def test_validation_rows_that_are_left_out_are_told(tmp_path: Path, data: Path) -> None:
+    model = tiny_models.make_model(tmp_path / "m", max_positions=64)
+    long = {"messages": [{"role": "user", "content": "fox " * 60}, {"role": "assistant", "content": "yes"}]}
+    held = write(tmp_path / "held.jsonl", [*chats(2, start=50), long])
+    run = train(tmp_path / "run", model, data, validation=str(held), overlong="drop", **OPTIONS)
+    told = [event["message"] for event in events(run, "warning")]
+    assert "1 validation rows were dropped and 0 cut at 64 tokens." in told
+
+
+def test_the_best_of_many_validations_is_kept(tmp_path: Path, tiny: Path, data: Path) -> None:
+    """Also when it does not fall on a step that checkpoints: the report names it."""
+    held = write(tmp_path / "held.jsonl", chats(5, start=50))
+    options = {**OPTIONS, "max_steps": 10, "checkpoint_every": 10, "validate_every": 1, "schedule": "constant"}
+    run = train(tmp_path / "run", tiny, data, validation=str(held), **{**options, "learning_rate": 0.05})
+    found = {event["step"]: event["loss"] for event in events(run, "validation") if event["step"]}
+    best = min(found, key=lambda step: (found[step], step))
+    assert json.loads(run.report.read_text())["best_step"] == best < 10
+    assert checkpoint.steps(run.checkpoints) == [best, 10]

@@ -94,13 +94,6 @@ def make_ready(
             message=f"{twice} of {len(validation or ())} validation rows ask what training rows ask.",
             hint="Their score says little about new prompts; --validation 0.1 holds out prompts of their own.",
         )
-    for warning in prepared.warnings[:20]:
-        emit("warning", message=str(warning), hint="")
-    if prepared.warning_count > 20:
-        emit(
-            "warning", message=f"{prepared.warning_count - 20} more warnings about the data.", hint="luthier data show"
-        )
-
     precision = request.precision if request.precision != "auto" else models.default_precision()
     base: Any = models.load_base(base_folder, precision)
     if torch.cuda.is_available():
@@ -187,6 +180,7 @@ def _read_data(
         return prepare(paths, renderer, max_length=max_length, overlong=request.overlong, progress=progress)
 
     prepared = read(request.data, "data")
+    _tell_warnings(prepared, emit)
     share = validation_share(request.validation)
     if share is not None:
         train, validation = split(prepared.rows, share, seed)
@@ -198,7 +192,23 @@ def _read_data(
     except BadData as error:
         error.param = "validation"
         raise
+    _tell_warnings(held, emit)
+    if held.dropped or held.truncated:
+        emit(
+            "warning",
+            message=f"{held.dropped} validation rows were dropped and {held.truncated} cut at {max_length} tokens.",
+            hint="Raise --max-length to measure them whole.",
+        )
     return prepared, prepared.rows, held.rows
+
+
+def _tell_warnings(prepared: Prepared, emit: Emit) -> None:
+    for warning in prepared.warnings[:20]:
+        emit("warning", message=str(warning), hint="")
+    if prepared.warning_count > 20:
+        emit(
+            "warning", message=f"{prepared.warning_count - 20} more warnings about the data.", hint="luthier data show"
+        )
 
 
 def _asked_twice(train: Rows, validation: Rows | None) -> int:

@@ -107,7 +107,8 @@ class Loop:
             validation = self._validate() if self._due(self.request.validate_every) else None
             self._record(measured, validation)
             stop = self._stop_asked()
-            if self._due(self.request.checkpoint_every) or stop:
+            best = self.progress["best_step"] == self.step  # or it would be named in the report and lost
+            if self._due(self.request.checkpoint_every) or stop or best:
                 self._checkpoint()
             if stop and self.step < self.settings.steps:
                 raise Stopped(self.step)
