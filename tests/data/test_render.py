@@ -339,6 +339,9 @@ def test_a_template_that_is_closed_only_sometimes_never_leaks(tmp_path: Path) ->
 # --- templates that must be refused --------------------------------------------------------------------------------
 
 
+_DOUBLED = "{% set ns = namespace(a=[1]) %}{% for i in range(40) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}"
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -355,6 +358,10 @@ def test_a_template_that_is_closed_only_sometimes_never_leaks(tmp_path: Path) ->
         "{{ ('a' * 30000000).replace('a', 'a' * 30000000) }}",
         "{{ ('a' * 30000000) | replace('a', 'aaaa') }}",
         "{{ 9 ** 999999999 }}",
+        _DOUBLED + "{{ ns.a | tojson }}",
+        _DOUBLED + "{{ ns.a }}",
+        _DOUBLED + "{{ ns.a ~ 'x' }}",
+        "{{ ([[1] * 100000] * 10000) | sum(start=[]) }}",
         "{{ messages.append(1) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ nothing.at.all }}",
@@ -370,6 +377,20 @@ def test_templates_are_bounded(source: str) -> None:
     """B59: refused with words, and quickly."""
     with pytest.raises(TemplateRefused, match="template own"):
         ChatTemplate(source, "own", {}).render([{"role": "user", "content": "a"}], None, False)
+
+
+@pytest.mark.parametrize("name", ["slice", "batch", "wordwrap", "pprint", "xmlattr", "urlize"])
+def test_filters_without_a_bound_are_not_there(name: str) -> None:
+    with pytest.raises(BadSetting, match=f"No filter named '{name}'"):
+        ChatTemplate("{{ [1, 2] | " + name + "(100000000) }}", "own", {})
+
+
+def test_no_template_tells_todays_date() -> None:
+    """What is trained today is asked tomorrow: guarded templates use their own date, the others ours."""
+    guarded = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}26 Jul 2024{% endif %}"
+    assert ChatTemplate(guarded, "own", {}).render([], None, False) == "26 Jul 2024"
+    assert ChatTemplate("{{ strftime_now('%d %B %Y') }}", "own", {}).render([], None, False) == "01 January 2026"
+    assert ChatTemplate("{{ [1, 2.5] | sum }}", "own", {}).render([], None, False) == "3.5"
 
 
 def test_unusable_templates_are_named(tmp_path: Path) -> None:

@@ -110,6 +110,20 @@ def test_folders_that_are_not_runs_or_already_are(tmp_path: Path) -> None:
         RunFolder(tmp_path / ("x" * 300)).create({})
 
 
+def test_a_run_that_never_began_gives_its_folder_back(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run").create({"wrong": 1})
+    run.emit("started", pid=1)
+    with pytest.raises(NotNow, match="already holds a run"):
+        RunFolder(run.path).create({})  # perhaps it is only about to begin
+    run.emit("failed", status="failed", code="invalid_setting", message="no", hint="", param=None, problems=[])
+    again = RunFolder(run.path).create({"right": 1})
+    assert json.loads(again.request.read_text()) == {"right": 1} and list(again.events()) == []
+    for type, fields in (("step", {"step": 1}), ("failed", {"status": "failed"})):
+        again.emit(type, **fields)
+    with pytest.raises(NotNow, match="already holds a run"):
+        RunFolder(run.path).create({})
+
+
 def test_errors_say_whose_fault_and_what_next() -> None:
     error = BadData("Row 3 is blank.", hint="Fill it.")
     assert isinstance(error, UserError) and str(error) == "Row 3 is blank. Fill it."

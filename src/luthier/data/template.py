@@ -4,8 +4,8 @@ A template is code that came with somebody's model. It runs in Jinja's immutable
 reachable), and because the sandbox alone does not stop `'a' * 2_000_000_000` or three nested loops, loops are counted
 and every operation that can grow a string is checked before it runs.
 
-`strftime_now` is left undefined on purpose: a template that prints today's date would train other ids than it serves
-tomorrow; templates guard for its absence with a fixed date.
+`strftime_now` does not tell today's date: a template that prints it would train other ids than it serves tomorrow. Most
+templates guard for its absence with a date of their own, so it is undefined; for those that do not, it is NOW.
 
 Does not know: tokens, roles, what a message may be.
 """
@@ -13,7 +13,9 @@ Does not know: tokens, roles, what a message may be.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from luthier.spec.errors import BadSetting, UserError
 
 MAX_TEXT = 32 * 1024 * 1024  # characters that one operation or one rendering may make
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 MAX_LOOPS = 2_000_000  # loop rounds in one rendering
 
 
@@ -52,11 +55,19 @@ class _Bounded(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "%", "**"])
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
+            finalize=_weighed,
+        )
         self.loops = 0
         self.filters.update(tojson=_to_json, luthier_counted=self.counted, luthier_joined=self.joined)
-        for name in ("center", "indent", "format", "wordwrap"):
+        for name in ("center", "indent", "format"):
             self.filters[name] = self._measured(self.filters[name])
+        for name in ("slice", "batch", "wordwrap", "pprint", "xmlattr", "urlize"):
+            del self.filters[name]  # no chat needs them, and what they make has no bound
+        self.filters.update(sum=_total, string=lambda value: str(_weighed(value)))
         self.filters["replace"] = self.replace
         self.globals.update(raise_exception=_raise)
         del self.globals["lipsum"]
@@ -80,7 +91,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
             raise SecurityError(f"more than {MAX_LOOPS:,} loop rounds and calls")
 
     def joined(self, parts: list[Any]) -> str:
-        texts = [str(part) for part in parts]
+        texts = [str(_weighed(part)) for part in parts]
         _check_size(sum(map(len, texts)))
         return "".join(texts)
 
@@ -134,6 +145,29 @@ def _check_size(characters: int) -> None:
         raise SecurityError(f"a text of {characters:,} characters (at most {MAX_TEXT:,})")
 
 
+def _weighed(value: Any) -> Any:
+    """`value`, whose parts have been counted: a list that holds itself twice, forty times over, prints for ever."""
+    waiting, count = [value], 0
+    while waiting:
+        part = waiting.pop()
+        count += 1
+        if count > MAX_LOOPS:
+            raise SecurityError(f"a value of more than {MAX_LOOPS:,} parts")
+        if isinstance(part, dict):
+            waiting += part.values()
+        elif isinstance(part, list | tuple):
+            waiting += part
+    return value
+
+
+def _total(items: Any, attribute: str | None = None, start: float = 0) -> float:
+    """Jinja's `sum`, of numbers only: summing lists copies them over and over."""
+    numbers = [item[attribute] if attribute else item for item in items]
+    if not all(isinstance(number, int | float) for number in [start, *numbers]):
+        raise SecurityError("only numbers can be summed")
+    return sum(numbers, start)
+
+
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
@@ -142,6 +176,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON: unlike Jinja's own filter it neither sorts keys nor escapes quotes, so the model sees real JSON."""
+    _weighed(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -157,6 +192,8 @@ class ChatTemplate:
         self.name = name
         self.variables = variables
         self._environment = _Bounded()
+        if not re.search(r"strftime_now\s+is\s+(not\s+)?defined", source):
+            self._environment.globals["strftime_now"] = NOW.strftime
         try:
             self._template = self._environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:

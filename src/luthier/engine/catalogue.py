@@ -328,9 +328,10 @@ def remove(name: str) -> int:
 
 
 def content_hash(folder: Path) -> str:
-    """What a model *is*, whatever it is called: sha256 over config, weights, tokenizer and chat template.
+    """What a model *is*, whatever it is called: sha256 over config, weights and tokenizer.
 
-    Left out of the config: which version of transformers wrote it and from where. Each file's hash is remembered in
+    The chat template is no part of it: a result brings the one that it was trained with. Left out of the config: which
+    version of transformers wrote it and from where. Each file's hash is remembered in
     LUTHIER_HOME/cache by path, size and time, so a second call costs nothing.
     """
     config = read_json(folder / "config.json")
@@ -341,21 +342,7 @@ def content_hash(folder: Path) -> str:
         if not path.is_file():
             raise BadSetting(f"{folder} is no model folder: it lacks {path.name}.", param="model")
         digest.update(f"\0{path.name}\0{_remembered_sha256(path)}".encode())
-    digest.update(f"\0template\0{chat_template(folder) or ''}".encode())
     return digest.hexdigest()
-
-
-def chat_template(folder: Path) -> str | None:
-    """The folder's chat template: chat_template.jinja, else tokenizer_config.json's key (or its "default" entry)."""
-    own = folder / "chat_template.jinja"
-    if own.is_file():
-        return own.read_text("utf-8")
-    config = folder / "tokenizer_config.json"
-    found = read_json(config).get("chat_template") if config.is_file() else None
-    if isinstance(found, list):
-        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
 
 
 def _remembered_sha256(path: Path) -> str:

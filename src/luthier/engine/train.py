@@ -67,7 +67,7 @@ def train(run: RunFolder) -> None:
 
     try:
         ready = make_ready(run, request, emit, resumed, leads=rank == 0, heed=heed)
-        loop = Loop(run, ready, emit, rank, ranks)
+        loop = Loop(run, ready, emit, rank, ranks, begun)
         loop.announce()
         if found:
             ready.masters.load(found[0], start)
@@ -77,19 +77,21 @@ def train(run: RunFolder) -> None:
         at = stopped.args[0] if stopped.args else start
         emit("stopped", status="stopped", step=at, resume=f"luthier train --resume {run.path}")
         return
-    loop.finish(time.monotonic() - begun)
+    loop.finish()
 
 
 class Loop:
     """State of a training run between steps: `progress` is all that a checkpoint keeps beside the tensors."""
 
-    def __init__(self, run: RunFolder, ready: Ready, emit: Any, rank: int, ranks: int) -> None:
+    def __init__(self, run: RunFolder, ready: Ready, emit: Any, rank: int, ranks: int, begun: float) -> None:
         self.run, self.ready, self.emit, self.rank, self.ranks = run, ready, emit, rank, ranks
+        self.begun, self.before = begun, 0.0  # this attempt's start; seconds of earlier attempts
         self.settings, self.request = ready.settings, ready.request
         self.step = 0
         self.progress: dict[str, Any] = {
             "best_loss": None, "best_step": None, "base": None, "last": None, "first_loss": None, "last_loss": None,
             "tokens": 0, "supervised": 0, "physical": 0, "seconds": 0.0,
+            "elapsed": 0.0,
         }  # fmt: skip
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ class Loop:
             )
         return {
             "step": step + 1,
-            "epoch": round((position + count) / ready.rows, 4),
+            "epoch": self._epoch(step + 1),
             "loss": loss,
             "learning_rate": rate,
             "grad_norm": norm,
@@ -161,6 +163,11 @@ class Loop:
             seen = self.step * self.settings.batch_size
             return seen // self.ready.rows > (seen - self.settings.batch_size) // self.ready.rows
         return self.step % int(every) == 0
+
+    def _epoch(self, step: int) -> float:
+        """Passes over the data after `step` steps."""
+        visits = min(step * self.settings.batch_size, self.settings.epochs * self.ready.rows)
+        return round(visits / self.ready.rows, 4)
 
     def _stop_asked(self) -> bool:
         """All ranks must agree, or some would wait for ever: rank 0 looks, the others hear."""
@@ -195,7 +202,7 @@ class Loop:
         self.emit(
             "validation",
             step=self.step,
-            epoch=round(self.step * self.settings.batch_size / self.ready.rows, 4),
+            epoch=self._epoch(self.step),
             loss=total.loss,
             token_accuracy=total.token_accuracy,
             supervised_tokens=rows.supervised,
@@ -263,7 +270,7 @@ class Loop:
 
         A damaged line is left out: a record for people must not keep a run from going on.
         """
-        self.step, self.progress = step, progress
+        self.step, self.progress, self.before = step, progress, float(progress["elapsed"])
         if self.rank:
             return
         text = self.run.metrics.read_text(encoding="utf-8", errors="replace") if self.run.metrics.is_file() else ""
@@ -272,6 +279,7 @@ class Loop:
 
     def _checkpoint(self) -> None:
         best = self.progress["best_step"] == self.step
+        self.progress["elapsed"] = self._elapsed()
         if self.rank == 0:
             path = checkpoint.save(
                 self.run.checkpoints, self.step, self.ready.masters.state(), {"progress": self.progress}
@@ -281,7 +289,11 @@ class Loop:
         if dist.is_initialized():
             dist.barrier()
 
-    def finish(self, seconds: float) -> None:
+    def _elapsed(self) -> float:
+        """Seconds of all attempts, less what was done after the checkpoints that they went on from."""
+        return self.before + time.monotonic() - self.begun
+
+    def finish(self) -> None:
         """Publish the result, after checking it, and the report."""
         if self.rank:
             return
@@ -306,7 +318,7 @@ class Loop:
             base=Score(**progress["base"]) if progress["base"] else None,
             tuned=Score(**progress["last"]) if progress["last"] else None,
             steps=self.step,
-            epochs=self.settings.epochs,
+            epochs=self._epoch(self.step),
             trained_tokens=progress["tokens"],
             supervised_tokens=progress["supervised"],
             physical_tokens=progress["physical"],
@@ -315,7 +327,7 @@ class Loop:
             train_loss_last=progress["last_loss"],
             validation_loss_best=progress["best_loss"],
             best_step=progress["best_step"],
-            seconds=round(seconds, 2),
+            seconds=round(self._elapsed(), 2),
             peak_memory_bytes=peak_memory(),
             weights_changed=True,
         )

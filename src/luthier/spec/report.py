@@ -35,7 +35,7 @@ class Report(BaseModel):
     tuned: Score | None = None
     samples: list[Sample] = []
     steps: int = 0
-    epochs: int = 0
+    epochs: float = Field(default=0, description="Passes over the data that were taken.")
     trained_tokens: int = Field(default=0, description="Tokens of all rows trained on, times epochs (logical).")
     supervised_tokens: int = Field(default=0, description="The part of them that carried loss.")
     physical_tokens: int = Field(default=0, description="Tokens computed: shared prefixes once.")
@@ -44,6 +44,6 @@ class Report(BaseModel):
     train_loss_last: float | None = None
     validation_loss_best: float | None = None
     best_step: int | None = None
-    seconds: float = 0.0
+    seconds: float = Field(default=0.0, description="Wall time of all attempts at the run.")
     peak_memory_bytes: int | None = None
     weights_changed: bool | None = Field(default=None, description="Checked against the start before publishing.")

@@ -78,13 +78,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append one whole line in a single write, so that lines of two processes never mix.
+    """Append one whole line in a single write, one writer at a time, so that lines of two processes never mix.
 
     A half line that a killed writer left is closed first: it stays one broken line instead of eating ours.
     """
     raw = text.encode() + b"\n"
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # else the end of a line that is being written looks like a half one
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             raw = b"\n" + raw
@@ -121,7 +122,11 @@ class RunFolder:
         return run
 
     def create(self, request: dict[str, Any]) -> RunFolder:
-        """Lay out a new run. Raises NotNow when the folder already holds one or cannot be written."""
+        """Lay out a new run. Raises NotNow when the folder already holds one or cannot be written.
+
+        A run that failed before its first step has nothing to lose: correcting the command and giving the same folder
+        again replaces it.
+        """
         self.refuse_taken()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -136,7 +141,7 @@ class RunFolder:
             taken = self.request.exists()
         except OSError as error:  # a name that is too long, for one
             raise self._unwritable(error) from error
-        if taken:
+        if taken and not self._cleared():
             raise NotNow(
                 f"{self.path} already holds a run.",
                 hint=f"Go on with it (`luthier train --resume {self.path}`) or name another --out.",
@@ -149,6 +154,25 @@ class RunFolder:
             hint="Choose a folder that you may write to with --out.",
             param="out",
         )
+
+    def _cleared(self) -> bool:
+        """Remove what is left of a run that failed before its first step; False when there is more than that."""
+        kinds = [event["type"] for _, event in self.events()]
+        kept = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        if kept or "step" in kinds or self.model.exists() or kinds[-1:] != ["failed"]:
+            return False
+        with self.owned():
+            for left in (
+                self.request,
+                self.spec,
+                self.events_file,
+                self.metrics,
+                self.report,
+                self.log,
+                self.stop_note,
+            ):
+                left.unlink(missing_ok=True)
+        return True
 
     def emit(self, type: str, **fields: Any) -> None:
         """Append one event. `type` is one of EVENTS."""
