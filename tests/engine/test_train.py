@@ -531,6 +531,17 @@ def test_memory_of_validation_is_flat(tmp_path: Path, tiny: Path) -> None:
     assert peaks[1] < peaks[0] + 200_000
 
 
+def test_memory_that_runs_out_is_said(tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B47: torch's own refusal of 16 terabytes in the middle of a step."""
+    from luthier.engine import train as loop
+
+    monkeypatch.setattr(loop, "forward_backward", lambda *_, **__: float(torch.empty(2**42).sum()))
+    run = lay_out(tmp_path / "run", tiny, data, epochs=1)
+    assert carry_out(run) == 1
+    failed = events(run)[-1]
+    assert failed["message"] == "Memory ran out." and "--micro-tokens" in failed["hint"]
+
+
 # --- methods and formats --------------------------------------------------------------------------------------------
 
 

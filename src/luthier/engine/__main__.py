@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
 
 from luthier.spec.errors import BadData, Broken, LuthierError
 from luthier.spec.run import RunFolder
@@ -50,21 +51,27 @@ def _first_rank() -> bool:
     return dist.get_rank() == 0
 
 
-def _told(run: RunFolder, work: object) -> int:
+def _told(run: RunFolder, work: Callable[[], None]) -> int:
     """Do the work; whatever ends it is told in a last event. The one place that catches everything."""
     try:
-        work()  # type: ignore[operator]
+        work()
         return 0
     except LuthierError as error:
         failure = error
-    except MemoryError:
-        failure = Broken("Memory ran out.", hint="Lower --micro-tokens or --max-length, or choose a smaller base.")
     except Exception as error:  # noqa: BLE001, a process's edge: record it and end
         traceback.print_exc()
-        failure = Broken(f"{type(error).__name__}: {error}", hint=f"The whole story is in {run.log}.")
+        failure = _unforeseen(error, run)
     problems = [problem.as_dict() for problem in failure.problems] if isinstance(failure, BadData) else []
     run.emit("failed", status="failed", **failure.as_dict(), problems=problems)
     return failure.exit_code
+
+
+def _unforeseen(error: Exception, run: RunFolder) -> Broken:
+    """What was not raised on purpose is our fault, but for memory, of which torch tells only in its words."""
+    words = str(error).lower()
+    if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
+        return Broken("Memory ran out.", hint="Lower --micro-tokens or --max-length, or choose a smaller base.")
+    return Broken(f"{type(error).__name__}: {error}", hint=f"The whole story is in {run.log}.")
 
 
 if __name__ == "__main__":

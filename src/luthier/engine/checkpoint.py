@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -58,9 +59,10 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str
         shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
         os.rename(beside, final)
         fsync_directory(folder)
-    except Exception as error:
-        shutil.rmtree(beside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise _not_written(folder, step, error) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # not there any more when all went well
     return final
 
 
@@ -85,7 +87,7 @@ def load(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         if file.stat().st_size != wanted["bytes"] or _digest(file)[0] != wanted["sha256"]:
             return None
         return load_file(file), state
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
 
 
