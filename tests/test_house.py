@@ -23,14 +23,14 @@ SHIPPED = sorted(path for path in HOUSE.rglob("*") if path.is_file() and path.su
 
 # room -> rooms whose names it may import. A dotted room is one file with a rule of its own.
 MAY_IMPORT: dict[str, set[str]] = {
-    "settings": set(),
+    "settings": {"spec"},
     "spec": set(),
     "data": {"spec"},
     "engine": {"data", "spec", "settings"},
     "store": {"spec"},
-    "work": {"store", "spec", "settings"},
-    "serve.router": {"spec"},
-    "serve": {"engine", "data", "spec"},
+    "work": {"store", "data", "spec", "settings"},  # data: files are checked before they queue
+    "serve.router": {"spec", "settings"},
+    "serve": {"engine", "data", "spec", "settings"},
     "api": {"store", "data", "serve.router", "spec", "settings"},
     "web": {"api", "store", "data", "serve.router", "spec", "settings"},
     "cli": {"api", "data", "engine", "serve", "serve.router", "settings", "spec", "store", "web", "work"},

@@ -12,6 +12,8 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from luthier.spec.bases import DEFAULT_BASE, Bases, read_pairs
+
 
 class Settings(BaseSettings):
     """Where Luthier keeps its things and whom it may ask. Each field is the variable LUTHIER_<NAME>."""
@@ -23,10 +25,40 @@ class Settings(BaseSettings):
     )
     hub: Literal["auto", "off"] = Field(default="auto", description="Whether the Hugging Face Hub is ever asked.")
 
+    database: str | None = Field(
+        default=None, description="SQLAlchemy URL of a PostgreSQL database; default: SQLite under home."
+    )
+    bases: str = Field(default=DEFAULT_BASE, description="Bases on offer: NAME or NAME=FOLDER, separated by commas.")
+    aliases: str = Field(default="", description="Other names for them: ALIAS=BASE, separated by commas.")
+    organization: str = Field(default="luthier", description="The organisation in tuned models' names and objects.")
+    results: Literal["auto", "raw", "base64"] = Field(
+        default="auto", description="How modern result files are served: base64 as OpenAI does, or raw CSV."
+    )
+    requests_per_minute: int = Field(default=3000, ge=1, description="Requests that one key may make in a minute.")
+    max_file_bytes: int = Field(default=512 * 2**20, ge=1, description="Largest file that may be uploaded at once.")
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1, description="Largest JSON body.")
+    replicas: int = Field(default=2, ge=1, description="Bases held in memory at once by the server.")
+    adapters: int = Field(default=32, ge=1, description="Adapters held in memory at once by a replica.")
+
     @field_validator("home")
     @classmethod
     def _whole(cls, value: Path) -> Path:
         return value.expanduser().absolute()
+
+    @property
+    def offered(self) -> Bases:
+        """The bases and aliases of this configuration. Raises ValueError for an alias of nothing."""
+        sources = {
+            name: str(Path(source).expanduser().absolute()) if "/" in source and Path(source).is_dir() else source
+            for name, source in read_pairs(self.bases, "LUTHIER_BASES").items()
+        }
+        aliases = read_pairs(self.aliases, "LUTHIER_ALIASES")
+        for alias, base in aliases.items():
+            if base not in sources:
+                raise ValueError(f"LUTHIER_ALIASES: {alias} means {base}, which LUTHIER_BASES does not offer.")
+        if not sources:
+            raise ValueError("LUTHIER_BASES: names no base.")
+        return Bases(sources=sources, aliases=aliases, default=next(iter(sources)))
 
     @property
     def models_dir(self) -> Path:
