@@ -1,0 +1,7 @@
+"""The older API at /fine-tunes. Does not know: workers; what a job's steps are."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+router = APIRouter()
