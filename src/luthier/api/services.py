@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from fastapi import Request  # at run time: FastAPI reads the annotation of services()
+
 from luthier.settings import Settings
 from luthier.spec.bases import Bases
 from luthier.store.db import Database
@@ -21,8 +23,6 @@ from luthier.store.models import Models
 from luthier.store.uploads import Uploads
 
 if TYPE_CHECKING:
-    from fastapi import Request
-
     from luthier.serve.router import Router
     from luthier.store.completions import Completions
 
