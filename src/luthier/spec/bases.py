@@ -31,7 +31,7 @@ class Bases:
             return asked
         if asked in self.aliases:
             return self.aliases[asked]
-        if asked.startswith(OPENAI_NAMES):
+        if asked.startswith(OPENAI_NAMES) and ":" not in asked:  # with a colon it is a tuned model, perhaps a gone one
             return self.default
         raise NotFound(
             f"The model `{asked[:200]}` does not exist or you do not have access to it.",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -127,9 +127,10 @@ class Jobs:
         seed: int | None = None,
         metadata: Mapping[str, str] | None = None,
         owner: str | None = None,
+        notes: Sequence[str] = (),
         retry_within: float | None = None,
     ) -> tuple[Job, bool]:
-        """A new job in validating_files, and True; a seed is chosen when there is none.
+        """A new job in validating_files, and True; a seed is chosen when there is none. `notes` become events.
 
         `retry_within` (seconds) says that the client repeats itself: when the same owner made the same request within
         that time, that job is the answer, and False. Raises NotFound for what is no id of a file.
@@ -170,7 +171,7 @@ class Jobs:
             )
             for key, value in (metadata or {}).items():
                 connection.execute(insert(job_tags).values(job_id=job_id, key=key, value=value))
-            say(connection, job_id, now, *_opening(kind, job_id, training_file, validation_file))
+            say(connection, job_id, now, *_opening(kind, job_id, training_file, validation_file), *notes)
             return make_job(self.database, hold(connection, job_id)), True
 
     def get(self, job_id: str) -> Job:
