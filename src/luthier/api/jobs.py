@@ -1,7 +1,190 @@
-"""Fine-tuning jobs at /fine_tuning/jobs. Does not know: workers; what a job's steps are."""
+"""Fine-tuning jobs at /fine_tuning/jobs: ask for one, find them, follow them, pause, resume and cancel.
+
+Everything is said and checked here; what can only be known from the files' content becomes a failed job (work/).
+Does not know: workers; how a step is made.
+"""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+
+from luthier.api import follow
+from luthier.api.asking import At, Caller, Cursor, Limit20, check_file, cursor, find, listed, retry_within, start_from
+from luthier.api.errors import ApiError
+from luthier.api.jobs_wire import (
+    Hyperparameters,
+    JobRequest,
+    Method,
+    checkpoint_object,
+    event_object,
+    job_object,
+)
 
 router = APIRouter()
+
+
+@router.post("/fine_tuning/jobs", response_model=None)
+def create(asked: JobRequest, request: Request, at: At, key: Caller) -> dict[str, Any]:
+    """A new job. A repeat of the same request by a client that tries again is answered with the job it made."""
+    numbers = _numbers(asked.method, asked.hyperparameters)
+    start = start_from(at, asked.model)
+    check_file(at, asked.training_file, "training_file")
+    if asked.validation_file is not None:
+        check_file(at, asked.validation_file, "validation_file")
+    job, _ = at.jobs.submit(
+        request={
+            "model": asked.model,
+            "base": start.base,
+            "parent": start.parent,
+            "training_file": asked.training_file,
+            "validation_file": asked.validation_file,
+            "suffix": asked.suffix,
+            "seed": asked.seed,
+            "metadata": asked.metadata,
+            "method": {"type": "supervised"},
+            "hyperparameters": numbers,
+            "integrations": [one.model_dump() for one in asked.integrations or []],
+        },
+        model=start.model,
+        training_file=asked.training_file,
+        validation_file=asked.validation_file,
+        suffix=asked.suffix,
+        seed=asked.seed,
+        metadata=asked.metadata,
+        owner=key.id,
+        notes=[start.note] if start.note else [],
+        retry_within=retry_within(request),
+    )
+    return job_object(job, at.settings.organization)
+
+
+@router.get("/fine_tuning/jobs", response_model=None)
+def list_jobs(
+    request: Request,
+    at: At,
+    after: Cursor = None,
+    starting_after: Cursor = None,
+    limit: Limit20 = 20,
+    metadata: Annotated[Literal["null"] | None, Query(description="`null`: jobs without metadata")] = None,
+) -> dict[str, Any]:
+    """Newest first. `metadata[KEY]=VALUE` keeps the jobs that have the pair."""
+    page = at.jobs.list(
+        kind="modern",
+        metadata=_metadata_filter(request),
+        without_metadata=metadata is not None,
+        after=cursor(after, starting_after),
+        limit=limit,
+    )
+    return listed([job_object(job, at.settings.organization) for job in page.data], page.has_more)
+
+
+@router.get("/fine_tuning/jobs/{job_id}", response_model=None)
+def retrieve(job_id: str, at: At) -> dict[str, Any]:
+    return job_object(find(at, job_id, "modern"), at.settings.organization)
+
+
+@router.post("/fine_tuning/jobs/{job_id}/cancel", response_model=None)
+def cancel(job_id: str, at: At) -> dict[str, Any]:
+    """At once, or as soon as the worker has heard of it; the job is shown as cancelled from now on."""
+    find(at, job_id, "modern")
+    return job_object(at.jobs.request_cancel(job_id), at.settings.organization)
+
+
+@router.post("/fine_tuning/jobs/{job_id}/pause", response_model=None)
+def pause(job_id: str, at: At) -> dict[str, Any]:
+    """A running job is paused when its worker has saved it."""
+    find(at, job_id, "modern")
+    return job_object(at.jobs.request_pause(job_id), at.settings.organization)
+
+
+@router.post("/fine_tuning/jobs/{job_id}/resume", response_model=None)
+def resume(job_id: str, at: At) -> dict[str, Any]:
+    find(at, job_id, "modern")
+    return job_object(at.jobs.request_resume(job_id), at.settings.organization)
+
+
+@router.get("/fine_tuning/jobs/{job_id}/events", response_model=None)
+def events(
+    job_id: str,
+    request: Request,
+    at: At,
+    after: Cursor = None,
+    starting_after: Cursor = None,
+    limit: Limit20 = 20,
+    stream: bool = False,
+) -> dict[str, Any] | Response:
+    """Newest first. `stream=true` (an extension): all of them, oldest first, and then live, as server-sent events."""
+    find(at, job_id, "modern")
+    if stream:
+        return follow.stream(request.app, at, job_id, event_object)
+    page = at.history.events(job_id, after=cursor(after, starting_after), limit=limit)
+    return listed([event_object(event) for event in page.data], page.has_more)
+
+
+@router.get("/fine_tuning/jobs/{job_id}/checkpoints", response_model=None)
+def checkpoints(
+    job_id: str, at: At, after: Cursor = None, starting_after: Cursor = None, limit: Limit20 = 10
+) -> dict[str, Any]:
+    """Newest first. Each can be asked for as a model."""
+    find(at, job_id, "modern")
+    page = at.history.checkpoints(job_id, after=cursor(after, starting_after), limit=limit)
+    return listed([checkpoint_object(checkpoint) for checkpoint in page.data], page.has_more)
+
+
+def _numbers(method: Method | None, outer: Hyperparameters | None) -> dict[str, Any]:
+    """The hyperparameters, from whichever of the two places they stand in. Raises ApiError 400."""
+    if method is not None and method.type != "supervised":
+        raise ApiError(
+            400,
+            f"The method {method.type} is not offered by this version of the server, only supervised.",
+            param="method",
+            code="unsupported_value",
+        )
+    for other in ("dpo", "reinforcement"):
+        if method is not None and getattr(method, other) is not None:
+            raise ApiError(400, f"method.{other} is given, but method.type is supervised.", param=f"method.{other}")
+    inner = method.supervised.hyperparameters if method is not None and method.supervised is not None else None
+    numbers: dict[str, Any] = {}
+    for name in Hyperparameters.model_fields:
+        given = [value for value in (getattr(outer, name, None), getattr(inner, name, None)) if value is not None]
+        if len(given) == 2 and given[0] != given[1]:
+            message = f"{name} is given twice: {given[0]} in hyperparameters, {given[1]} in method."
+            raise ApiError(400, message, param=f"hyperparameters.{name}")
+        numbers[name] = given[0] if given else "auto"
+    return numbers
+
+
+def _metadata_filter(request: Request) -> dict[str, str]:
+    """metadata[KEY]=VALUE of the query. Raises ApiError 400."""
+    pairs: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        found = re.fullmatch(r"metadata\[(.*)\]", name, re.DOTALL)
+        if found is None:
+            continue
+        key = found[1]
+        if "\0" in key + value or len(key) > 64 or len(value) > 512 or pairs.get(key, value) != value:
+            raise ApiError(400, "metadata: wanted metadata[KEY]=VALUE, each key once.", param="metadata")
+        pairs[key] = value
+    if len(pairs) > 16:
+        raise ApiError(400, f"metadata: found {len(pairs)} pairs, wanted at most 16.", param="metadata")
+    return pairs
+
+
+# What docs/compatibility.md says of the body's fields: (supported | ignored | refused, reason).
+CREATE_FIELDS: dict[str, tuple[str, str]] = {
+    "model": ("supported", "A base, another name for one, a tuned model or one of its checkpoints to go on from."),
+    "training_file": ("supported", "Must be there, with purpose fine-tune; the job checks its rows."),
+    "validation_file": ("supported", "The same."),
+    "suffix": ("supported", "1 to 64 characters; cleaned for the model's name."),
+    "seed": ("supported", "Chosen and reported when absent."),
+    "metadata": ("supported", "16 pairs, keys of 64 and values of 512 characters."),
+    "integrations": ("supported", "`wandb`, at most 5; other types are refused."),
+    "method": ("supported", "`supervised`; unknown keys are refused."),
+    "method.dpo": ("refused", "Not offered by this version."),
+    "method.reinforcement": ("refused", "Not offered by this version."),
+    "hyperparameters": ("supported", "The older place of the method's; a name with two different values is refused."),
+}
