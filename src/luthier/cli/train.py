@@ -39,6 +39,7 @@ PANELS = {
     "Run": ("seed", "precision", "checkpoint_every", "validate_every"),
 }
 REQUIRED = ("model", "data")
+SEPARATED = {"target_modules", "classification_betas"}  # lists given as one text
 # Options that --resume cannot change. What the others name is a file or a folder, and can be put right where it lies.
 FIXED = frozenset(TrainRequest.model_fields) - {"model", "data", "validation", "template"}
 
@@ -83,7 +84,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     default = field.get_default(call_default_factory=True)
     if not field.is_required() and default not in (None, []):
         words += f" Default: {default}."
-    if name == "target_modules":
+    if name in SEPARATED:
         words += " Separated by commas."
     kind = list[str] | None if name == "data" else str | None
     option = typer.Option(_flag(name), help=words, metavar=_metavar(field), show_default=False, rich_help_panel=panel)
@@ -156,8 +157,8 @@ train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 
 def _new(given: dict[str, Any], out: str | None) -> tuple[RunFolder, dict[str, Any]]:
     """A new run folder for the options given. Everything that can be refused without torch is refused before."""
-    if "target_modules" in given:
-        given["target_modules"] = [name.strip() for name in given["target_modules"].split(",") if name.strip()]
+    for name in SEPARATED & given.keys():
+        given[name] = [part.strip() for part in given[name].split(",") if part.strip()]
     values = apply_recipe(given)
     for name in REQUIRED:
         if not values.get(name):

@@ -62,27 +62,36 @@ def backward(
     normaliser: float,
     vocabulary: int,
     smoothing: float = 0.0,
-) -> float:
-    """Loss of hidden states [N, H] at their targets, and its gradient through everything below; returns its value."""
+) -> tuple[float, Tensor]:
+    """Loss of hidden states [N, H] at their targets, and its gradient through everything below.
+
+    Returns its value and, for each target, whether the most likely token was right (bool [N]).
+    """
     leaf = hidden.detach().requires_grad_()
     total = 0.0
+    right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
     for part in slices(len(targets), vocabulary):
-        loss = supervised(head(leaf[part]), targets[part], weights[part], smoothing) / normaliser
+        logits = head(leaf[part])
+        loss = supervised(logits, targets[part], weights[part], smoothing) / normaliser
         loss.backward()
         total += float(loss.detach())
+        right[part] = logits.detach().argmax(dim=-1) == targets[part]
     if leaf.grad is not None and hidden.requires_grad:
         hidden.backward(leaf.grad)
-    return total
+    return total, right
 
 
 @torch.no_grad()
 def measure(
     hidden: Tensor, head: Head, targets: Tensor, weights: Tensor, vocabulary: int
-) -> tuple[float, float, float]:
-    """(weighted nll, weighted hits, weight) of hidden states [N, H]: sums, so that any batching gives the same mean."""
+) -> tuple[float, float, float, Tensor]:
+    """(weighted nll, weighted hits, weight, hit or not [N]) of hidden states [N, H]: sums, so that any batching gives
+    the same mean."""
     nll = hits = 0.0
+    right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
     for part in slices(len(targets), vocabulary):
         logits = head(hidden[part])
         nll += float(supervised(logits, targets[part], weights[part]).double())
-        hits += float(((logits.argmax(dim=-1) == targets[part]) * weights[part]).sum())
-    return nll, hits, float(weights.sum())
+        right[part] = logits.argmax(dim=-1) == targets[part]
+        hits += float((right[part] * weights[part]).sum())
+    return nll, hits, float(weights.sum()), right

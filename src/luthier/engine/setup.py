@@ -244,10 +244,12 @@ def settle(
     if request.max_steps is not None:
         steps = min(steps, request.max_steps)
     rate = request.learning_rate
+    if rate == "auto":
+        rate = auto_learning_rate(hidden_size, request.uses_adapter)
     return Settings(
         epochs=epochs,
         batch_size=batch_size,
-        learning_rate=auto_learning_rate(hidden_size, request.uses_adapter) if rate == "auto" else rate,
+        learning_rate=rate * request.learning_rate_multiplier,
         steps=steps,
         warmup_steps=min(steps - 1, round(steps * request.warmup)),
         seed=seed,
@@ -260,13 +262,10 @@ def settle(
 
 def _must_agree(before: dict[str, Any], now: dict[str, Any]) -> None:
     """A resumed run must be the same run: same base, data, template and settings, by content."""
-    by_content = {"model", "data", "validation", "template"}  # wherever they lie now
-    before, now = (
-        {**spec, "options": {key: value for key, value in spec["request"].items() if key not in by_content}}
-        for spec in (before, now)
-    )
+    before, now = ({"parent": None, **spec, "options": _options(spec["request"])} for spec in (before, now))
     for key, words in (
         ("base", "the base model"),
+        ("parent", "the model to continue from"),
         ("template", "the chat template"),
         ("data", "the training data"),
         ("validation", "the validation data"),
@@ -276,6 +275,8 @@ def _must_agree(before: dict[str, Any], now: dict[str, Any]) -> None:
         left, right = before[key], now[key]
         if key == "base":
             left, right = left["hash"], right["hash"]
+        if key == "template":
+            left, right = left["source"], right["source"]
         if key == "data":
             left, right = left["rows"], right["rows"]
         if left != right:
@@ -284,6 +285,12 @@ def _must_agree(before: dict[str, Any], now: dict[str, Any]) -> None:
                 hint="Put it back as it was, or start a new run.",
                 param=key,
             )
+
+
+def _options(request: dict[str, Any]) -> dict[str, Any]:
+    """The options of a recorded request; those that were not known when it was written have their defaults."""
+    by_content = {"model", "data", "validation", "template", "continue_from"}  # wherever they lie now
+    return TrainRequest.model_validate(request).model_dump(exclude=by_content)
 
 
 def _still(model: Any) -> list[str]:

@@ -17,6 +17,9 @@ from luthier.engine import attention, forest, loss
 from luthier.engine.forest import Forest, Row
 
 
+Watch = Callable[[Forest, Tensor], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Sums:
     """Sums over supervised tokens; any two can be added, so no batch size can change a mean."""
@@ -35,6 +38,36 @@ class Sums:
     @property
     def token_accuracy(self) -> float | None:
         return self.hits / self.weight if self.weight else None
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts answers: their tokens and the right ones, their rows and those with every token right.
+
+    A token of an answer has the weight 1; prompt tokens that are learnt a little (prompt_loss_weight) do not count.
+    """
+
+    tokens: float = 0.0
+    right: float = 0.0
+    rows: float = 0.0
+    whole: float = 0.0
+
+    def see(self, tree: Forest, right: Tensor) -> None:
+        """Add one forest; `right` (bool [N]) says of each of its targets whether the most likely token was it."""
+        answer, hit = tree.weights >= 1, right.cpu().numpy()
+        rows = np.unique(tree.sequences[answer])
+        self.tokens += int(answer.sum())
+        self.right += int((answer & hit).sum())
+        self.rows += len(rows)
+        self.whole += len(rows) - len(np.unique(tree.sequences[answer & ~hit]))
+
+    @property
+    def token_accuracy(self) -> float | None:
+        return self.right / self.tokens if self.tokens else None
+
+    @property
+    def sequence_accuracy(self) -> float | None:
+        return self.whole / self.rows if self.rows else None
 
 
 def inner(model: Any) -> Any:
@@ -57,24 +90,35 @@ def hidden_states(model: Any, tree: Forest) -> Tensor:
     return states.index_select(0, torch.from_numpy(tree.sources).to(device))
 
 
-def forward_backward(model: Any, tree: Forest, normaliser: float, smoothing: float = 0.0) -> float:
+def forward_backward(
+    model: Any, tree: Forest, normaliser: float, smoothing: float = 0.0, tally: Tally | None = None
+) -> float:
     """Add this forest's gradients to the parameters; returns its share of the step's mean loss (nats per token)."""
     if not len(tree.sources):
         return 0.0
     hidden = hidden_states(model, tree)
     targets, weights = _targets(tree, hidden.device)
     base = inner(model)
-    return loss.backward(hidden, loss.head_of(base), targets, weights, normaliser, _vocabulary(base), smoothing)
+    value, right = loss.backward(hidden, loss.head_of(base), targets, weights, normaliser, _vocabulary(base), smoothing)
+    if tally is not None:
+        tally.see(tree, right)
+    return value
 
 
 @torch.no_grad()
-def measure(model: Any, tree: Forest) -> Sums:
+def measure(model: Any, tree: Forest, tally: Tally | None = None, watch: Watch | None = None) -> Sums:
+    """Sums of one forest. `tally` counts its answers; `watch` may look at its hidden states [N, H]."""
     if not len(tree.sources):
         return Sums()
     hidden = hidden_states(model, tree)
     targets, weights = _targets(tree, hidden.device)
     base = inner(model)
-    return Sums(*loss.measure(hidden, loss.head_of(base), targets, weights, _vocabulary(base)))
+    *sums, right = loss.measure(hidden, loss.head_of(base), targets, weights, _vocabulary(base))
+    if tally is not None:
+        tally.see(tree, right)
+    if watch is not None:
+        watch(tree, hidden)
+    return Sums(*sums)
 
 
 def measure_rows(
@@ -84,15 +128,20 @@ def measure_rows(
     *,
     part: slice = slice(None),
     progress: Callable[[int, int], None] | None = None,
+    tally: Tally | None = None,
+    watch: Watch | None = None,
 ) -> Sums:
-    """Sums over many rows, in forests of at most `micro_tokens`; `part` takes a share of them (ranks)."""
+    """Sums over many rows, in forests of at most `micro_tokens`; `part` takes a share of them (ranks).
+
+    The sequences of the forests that `watch` sees are indices of `rows`.
+    """
     was_training = model.training
     model.eval()
     total = Sums()
     batches = forest.plan(rows, micro_tokens)[part]
     try:
         for done, batch in enumerate(batches, 1):
-            total += measure(model, forest.build([rows[index] for index in batch]))
+            total += measure(model, forest.build([rows[index] for index in batch], batch), tally, watch)
             if progress:
                 progress(done, len(batches))
     finally:

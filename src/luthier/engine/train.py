@@ -26,7 +26,7 @@ import torch.distributed as dist
 from luthier import __version__
 from luthier.engine import checkpoint, forest, publish
 from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals
-from luthier.engine.step import Sums, forward_backward, measure_rows
+from luthier.engine.step import Sums, Tally, forward_backward, measure_rows
 from luthier.spec.errors import Broken, UserError
 from luthier.spec.job import TrainRequest, learning_rate_at
 from luthier.spec.report import Report, Score
@@ -124,17 +124,19 @@ class Loop:
         rows = [ready.train[index] for index in step_rows(position, count, ready.rows, settings.seed)]
         normaliser = float(sum(weights.sum() for _, weights in rows))
         tokens = loss = 0.0
+        tally = Tally()
         ready.model.train()
         for micro, batch in enumerate(forest.plan(rows, settings.micro_tokens)):
             if micro % self.ranks != self.rank:
                 continue
             tree = forest.build([rows[index] for index in batch])
             seed_everything(settings.seed, step, micro)
-            loss += forward_backward(ready.model, tree, normaliser, self.request.label_smoothing)
+            loss += forward_backward(ready.model, tree, normaliser, self.request.label_smoothing, tally)
             ready.masters.collect()
             tokens += tree.tokens
         ready.masters.reduce()
-        loss, tokens = _add_up(loss, tokens)
+        loss, tokens, *counts = _add_up(loss, tokens, tally.tokens, tally.right, tally.rows, tally.whole)
+        tally = Tally(*counts)
         rate = learning_rate_at(step, settings, self.request.schedule)
         norm = ready.masters.step(rate, self.request.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -152,6 +154,9 @@ class Loop:
             "tokens": sum(len(ids) for ids, _ in rows),
             "supervised_tokens": int(sum((weights > 0).sum() for _, weights in rows)),
             "physical_tokens": int(tokens),
+            "token_accuracy": tally.token_accuracy,
+            "sequence_accuracy": tally.sequence_accuracy,
+            "examples": position + count,
             "seconds": time.monotonic() - begun,
         }
 
@@ -184,14 +189,19 @@ class Loop:
         if rows is None:
             return None
         self.emit("phase", name="validate", message=f"Validating on {len(rows)} rows")
+        tally = Tally()
         sums = measure_rows(
             self.ready.model,
             [rows[index] for index in range(len(rows))],
             self.settings.micro_tokens,
             part=slice(self.rank, None, self.ranks),
             progress=lambda done, total: self.emit("progress", name="validate", done=done, total=total),
+            tally=tally,
         )
-        total = Sums(*_add_up(sums.nll, sums.hits, sums.weight))
+        nll, hits, weight, *counts = _add_up(
+            sums.nll, sums.hits, sums.weight, tally.tokens, tally.right, tally.rows, tally.whole
+        )
+        total, tally = Sums(nll, hits, weight), Tally(*counts)
         score = Score(
             rows=len(rows), loss=total.loss, token_accuracy=total.token_accuracy, supervised_tokens=rows.supervised
         ).model_dump()
@@ -205,7 +215,9 @@ class Loop:
             epoch=self._epoch(self.step),
             loss=total.loss,
             token_accuracy=total.token_accuracy,
+            sequence_accuracy=tally.sequence_accuracy,
             supervised_tokens=rows.supervised,
+            classification=None,
         )
         return score
 
@@ -285,7 +297,7 @@ class Loop:
                 self.run.checkpoints, self.step, self.ready.masters.state(), {"progress": self.progress}
             )
             checkpoint.prune(self.run.checkpoints, {self.step, self.progress["best_step"] or self.step})
-            self.emit("checkpoint", step=self.step, path=str(path), best=best)
+            self.emit("checkpoint", step=self.step, path=str(path), best=best, published=None)
         if dist.is_initialized():
             dist.barrier()
 

@@ -34,6 +34,9 @@ class TrainRequest(BaseModel):
     validation: str | None = Field(
         default=None, description="Held-out file, or the share of distinct prompts to hold out (0.1)."
     )
+    continue_from: str | None = Field(
+        default=None, description="Go on from this tuned model's weights: a run, an adapter or a full model of --model."
+    )
     method: Method = Field(default="lora", description="Which weights learn: " + ", ".join(METHODS) + ".")
     template: str | None = Field(
         default=None, description="Chat template: a built-in name or a .jinja file; default: the model's own."
@@ -42,11 +45,18 @@ class TrainRequest(BaseModel):
     max_steps: PositiveInt | None = Field(default=None, description="Stop after this many optimizer steps.")
     batch_size: PositiveInt | Auto = Field(default="auto", description="Rows per optimizer step.")
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | Auto = Field(default="auto", description="Peak learning rate.")
+    learning_rate_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=1.0, description="Multiplies the rate, given or auto."
+    )
     schedule: Schedule = Field(default="cosine", description="Learning-rate shape after the warm-up.")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, description="Share of the steps that warm up.")
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Decoupled (AdamW) decay.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Gradient norm is clipped to this.")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Label smoothing.")
+    prompt_loss_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="Weight of prompt tokens beside 1 for the completion's; prompt/completion rows only, not chats.",
+    )
     rank: PositiveInt = Field(default=16, description="LoRA rank.")
     alpha: Annotated[float, Field(gt=0)] | None = Field(default=None, description="LoRA alpha; default: 2 x rank.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="LoRA dropout.")
@@ -65,6 +75,18 @@ class TrainRequest(BaseModel):
     )
     validate_every: PositiveInt | Literal["epoch"] = Field(
         default="epoch", description="Steps between validations, or `epoch`."
+    )
+    publish_checkpoints: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Keep the last N checkpoints as models that can be used: RUN/published/step-*."
+    )
+    classification_n_classes: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="Measure each validation as a classification; the completions are N classes."
+    )
+    classification_positive_class: str | None = Field(
+        default=None, description="Measure each validation as a choice of two; this completion is the positive one."
+    )
+    classification_betas: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default_factory=list, description="F-beta scores to measure with two classes; default: 1."
     )
     recipe: str | None = Field(default=None, description="Named settings to start from; other options override it.")
 
@@ -93,7 +115,20 @@ class TrainRequest(BaseModel):
         }
         if asked and (self.method == "full" or self.method.startswith("freeze")):
             raise ValueError(f"{', '.join(sorted(asked))} means nothing with method {self.method}; leave it out")
+        self._classes_agree()
         return self
+
+    def _classes_agree(self) -> None:
+        if self.classifies and self.validation is None:
+            raise ValueError("classification is measured on validation rows, so --validation is needed")
+        if self.classification_positive_class is not None and self.classification_n_classes not in (None, 2):
+            raise ValueError("a positive class is one of two, so leave out classification_n_classes or make it 2")
+        if self.classification_betas and self.classification_positive_class is None:
+            raise ValueError("classification_betas needs classification_positive_class")
+
+    @property
+    def classifies(self) -> bool:
+        return self.classification_positive_class is not None or self.classification_n_classes is not None
 
     @property
     def uses_adapter(self) -> bool:

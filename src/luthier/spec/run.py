@@ -38,9 +38,11 @@ EVENTS: dict[str, str] = {
     "dropped, truncated, steps, settings (the resolved ones)",
     "warning": "message, hint",
     "step": "step, steps, epoch, loss, learning_rate, grad_norm, tokens, supervised_tokens, seconds, "
-    "memory_bytes, eta_seconds",
-    "validation": "step, epoch, loss, token_accuracy, supervised_tokens",
-    "checkpoint": "step, path, best (bool)",
+    "token_accuracy, sequence_accuracy (share of the rows whose answer is right in every token; both of this step's "
+    "rows, before its update), examples (rows so far, repeats counted), memory_bytes, eta_seconds",
+    "validation": "step, epoch, loss, token_accuracy, sequence_accuracy, supervised_tokens, "
+    "classification (name: number or null; null when it was not asked for)",
+    "checkpoint": "step, path, best (bool), published (a servable folder, or null)",
     "finished": "status (succeeded), model, report",
     "stopped": "status (stopped), step, resume (the command that goes on)",
     "failed": "status (failed), code, message, hint, param, problems",
