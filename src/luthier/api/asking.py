@@ -22,7 +22,7 @@ from luthier.store.keys import Key
 
 At = Annotated[Services, Depends(services)]
 Caller = Annotated[Key, Depends(caller)]
-Limit20 = Annotated[int, Query(ge=1, le=1000)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
 Cursor = Annotated[str | None, Query(max_length=64)]
 
 # A client that repeats a create within this time gets the job that its first try made (no client sends an
@@ -63,7 +63,7 @@ def check_file(at: Services, file_id: str, param: str) -> File:
     try:
         file = at.files.get(file_id)
     except NotFound as error:
-        raise ApiError(400, f"invalid {param}: {_shown(file_id)} is no file here.", param=param) from error
+        raise ApiError(400, f"invalid {param}: {shown(file_id)} is no file here.", param=param) from error
     if file.purpose != "fine-tune":
         message = f"invalid {param}: {file.id} has the purpose {file.purpose}, wanted fine-tune."
         raise ApiError(400, message, param=param)
@@ -90,7 +90,7 @@ def find(at: Services, job_id: str, kind: Kind) -> Job:
 
 
 def not_found(job_id: str) -> ApiError:
-    message = f"Could not find fine tune: {_shown(job_id)}"
+    message = f"Could not find fine tune: {shown(job_id)}"
     return ApiError(404, message, param="fine_tune_id", code="fine_tune_not_found")
 
 
@@ -105,5 +105,6 @@ def listed(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
     return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """A name as a client wrote it, for a sentence: cut, and without what cannot be printed."""
     return ascii(text if len(text) <= 80 else text[:77] + "...")[1:-1]

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from luthier.api import follow
-from luthier.api.asking import At, Caller, Cursor, Limit20, check_file, cursor, find, listed, retry_within, start_from
+from luthier.api.asking import At, Caller, Cursor, Limit, check_file, cursor, find, listed, retry_within, start_from
 from luthier.api.errors import ApiError
 from luthier.api.jobs_wire import (
     Hyperparameters,
@@ -24,7 +24,7 @@ from luthier.api.jobs_wire import (
     job_object,
 )
 
-router = APIRouter()
+router = APIRouter(tags=["fine-tuning"])
 
 
 @router.post("/fine_tuning/jobs", response_model=None)
@@ -68,7 +68,7 @@ def list_jobs(
     at: At,
     after: Cursor = None,
     starting_after: Cursor = None,
-    limit: Limit20 = 20,
+    limit: Limit = 20,
     metadata: Annotated[Literal["null"] | None, Query(description="`null`: jobs without metadata")] = None,
 ) -> dict[str, Any]:
     """Newest first. `metadata[KEY]=VALUE` keeps the jobs that have the pair."""
@@ -114,7 +114,7 @@ def events(
     at: At,
     after: Cursor = None,
     starting_after: Cursor = None,
-    limit: Limit20 = 20,
+    limit: Limit = 20,
     stream: bool = False,
 ) -> dict[str, Any] | Response:
     """Newest first. `stream=true` (an extension): all of them, oldest first, and then live, as server-sent events."""
@@ -127,7 +127,7 @@ def events(
 
 @router.get("/fine_tuning/jobs/{job_id}/checkpoints", response_model=None)
 def checkpoints(
-    job_id: str, at: At, after: Cursor = None, starting_after: Cursor = None, limit: Limit20 = 10
+    job_id: str, at: At, after: Cursor = None, starting_after: Cursor = None, limit: Limit = 10
 ) -> dict[str, Any]:
     """Newest first. Each can be asked for as a model."""
     find(at, job_id, "modern")
