@@ -1,5 +1,6 @@
 """The server: every router under /v1, behind one gate, with one shape of errors.
 
+From the outside in: Trace (logs.py: request id, log line, 500), Gate (limits.py: key, rate, body), the routes.
 Does not know: what the routes do; how a process is started (cli).
 """
 
@@ -10,30 +11,60 @@ import importlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
 from fastapi import Depends, FastAPI
 
-from luthier.api import faults
-from luthier.api.auth import caller
+from luthier import __version__
+from luthier.api import faults, health, metrics
+from luthier.api.auth import Doorkeeper, caller
+from luthier.api.described import ANSWERS, describe
+from luthier.api.form import READERS
 from luthier.api.limits import Gate
+from luthier.api.logs import Trace
+from luthier.api.metrics import Metrics
 from luthier.api.services import Services
+from luthier.api.sweeps import sweeping
 
 ROUTERS = (
-    "files", "uploads", "models", "jobs", "permissions", "legacy", "engines", "chat", "completions", "stored",
-)  # fmt: skip
+    "files",
+    "uploads",
+    "models",
+    "jobs",
+    "permissions",
+    "legacy",
+    "engines",
+    "chat",
+    "completions",
+    "stored",
+)
 
 
 def create_app(services: Services) -> FastAPI:
-    """The application over `services`; its lifespan starts and ends the router."""
-    app = FastAPI(title="Luthier", lifespan=_lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    """The application over `services`; its lifespan starts and ends the router and the sweeps."""
+    app = FastAPI(
+        title="Luthier",
+        version=__version__,
+        lifespan=_lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.services = services
+    app.state.readers = anyio.CapacityLimiter(READERS)
+    app.state.doorkeeper = Doorkeeper(services.keys)
+    app.state.metrics = Metrics(services.jobs)
     for name in ROUTERS:
         try:
             module: Any = importlib.import_module(f"luthier.api.{name}")
         except ModuleNotFoundError:
             continue
-        app.include_router(module.router, prefix="/v1", dependencies=[Depends(caller)])
+        app.include_router(module.router, prefix="/v1", dependencies=[Depends(caller)], responses=ANSWERS)
+    app.include_router(health.router)
+    app.include_router(metrics.router)
     faults.install(app)
-    app.add_middleware(Gate, services=services)
+    describe(app)
+    app.add_middleware(Gate, settings=services.settings, doorkeeper=app.state.doorkeeper)
+    app.add_middleware(Trace, metrics=app.state.metrics, organization=services.settings.organization)
     return app
 
 
@@ -42,6 +73,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     await services.router.start()
     try:
-        yield
+        async with sweeping(services):
+            yield
     finally:
         await services.router.close()

@@ -38,7 +38,7 @@ class ApiError(Exception):
 
 def translate(error: LuthierError, *, param: str | None = None, code: str | None = None) -> ApiError:
     """The HTTP answer for one of ours; `param` and `code` override what the error carries."""
-    named = {"param": param or error.param, "code": code}
+    named: dict[str, Any] = {"param": param or error.param, "code": code}
     if isinstance(error, NotFound):
         return ApiError(404, str(error), **named)
     if isinstance(error, UserError):

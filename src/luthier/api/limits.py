@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from luthier.api.auth import Doorkeeper, bearer, refused
 from luthier.api.errors import ApiError, translate
 from luthier.api.faults import respond
-from luthier.api.services import Services
 from luthier.data.strict_json import JsonFault, parse_json
+from luthier.settings import Settings
 from luthier.spec.errors import LuthierError
 from luthier.store.keys import Key
 
@@ -60,11 +60,11 @@ class Meter:
 class Gate:
     """ASGI middleware. What it lets through has `state.key`, and a body that is whole, small and strict JSON."""
 
-    def __init__(self, app: ASGIApp, services: Services) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, doorkeeper: Doorkeeper) -> None:
         self.app = app
-        self.settings = services.settings
-        self.doorkeeper = Doorkeeper(services.keys)
-        self.meter = Meter(services.settings.requests_per_minute)
+        self.settings = settings
+        self.doorkeeper = doorkeeper
+        self.meter = Meter(settings.requests_per_minute)
         self.in_flight: dict[str, int] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -150,11 +150,7 @@ class Gate:
 
 
 def too_large(limit: int) -> ApiError:
-    # The rest of the body is not read: the connection cannot be used again.
-    return ApiError(
-        413, f"The request is larger than the allowed {limit} bytes.", code="request_too_large",
-        headers={"connection": "close"},
-    )  # fmt: skip
+    return ApiError(413, f"The request is larger than the allowed {limit} bytes.", code="request_too_large")
 
 
 def check_length(headers: Headers, limit: int) -> None:

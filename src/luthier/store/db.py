@@ -22,6 +22,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import (
     Column,
     ColumnElement,
@@ -145,6 +147,12 @@ class Database:
             self.lock(connection, "migrate")
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+    def is_current(self) -> bool:
+        """Whether the tables have this version's form. Raises NotNow when the database does not answer."""
+        heads = ScriptDirectory(str(Path(__file__).parent / "migrations")).get_heads()
+        with self.reading() as connection:
+            return set(MigrationContext.configure(connection).get_current_heads()) == set(heads)
 
     def close(self) -> None:
         self.engine.dispose()
