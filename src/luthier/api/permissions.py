@@ -67,7 +67,7 @@ def delete(checkpoint: str, permission_id: str, at: At) -> dict[str, Any]:
 def _model(at: At, name: str) -> str:
     """`name` when it is a tuned model's or a checkpoint's. Raises ApiError 404."""
     try:
-        return at.models.get(name).name
+        return at.models.get(name.replace("\0", "/")).name  # NUL is in no name, and PostgreSQL cannot be asked for it
     except NotFound as error:
         message = f"Could not find the checkpoint {shown(name)}."
         raise ApiError(404, message, param="fine_tuned_model_checkpoint", code="model_not_found") from error
