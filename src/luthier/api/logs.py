@@ -124,8 +124,11 @@ class Trace:
 
 def route_of(scope: Scope) -> str:
     """The route's form, such as /v1/files/{file_id}; `none` where no route took the request."""
-    route = scope.get("route")
-    return str(getattr(route, "path", "none"))
+    path = getattr(scope.get("route"), "path", None)
+    if path is None:
+        return "none"
+    inside = scope["path"].startswith("/v1/") and not path.startswith("/v1/")  # a router's path, without its prefix
+    return f"/v1{path}" if inside else str(path)
 
 
 def _broken(request_id: str) -> ApiError:
