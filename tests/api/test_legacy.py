@@ -114,10 +114,8 @@ def test_rows_decide_the_batch(client: TestClient, services: Services) -> None:
         ({"compute_classification_metrics": True, "validation_file": "GOOD"}, "compute_classification_metrics"),
         ({"compute_classification_metrics": 1}, "compute_classification_metrics"),
         ({"classification_betas": [1.0]}, "classification_betas"),
-        (
-            {"classification_betas": [1.0], "classification_n_classes": 3, "classification_positive_class": "a"},
-            "classification_betas",
-        ),
+        ({"classification_n_classes": 3, "classification_positive_class": "a"}, "classification_n_classes"),
+        ({"classification_betas": [1.0], "classification_n_classes": 3}, "classification_betas"),
         ({"classification_betas": [-1.0]}, "classification_betas[0]"),
         ({"classification_n_classes": 1}, "classification_n_classes"),
         ({"suffix": "s" * 41}, "suffix"),

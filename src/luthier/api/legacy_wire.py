@@ -112,8 +112,10 @@ def trouble(asked: FineTuneRequest) -> tuple[str, str] | None:
     if None not in (asked.n_epochs, later) and asked.n_epochs != later:
         return "n_epochs", f"n_epochs is given twice: {asked.n_epochs}, and {later} in hyperparameters."
     several = asked.classification_n_classes is not None and asked.classification_n_classes > 2
-    if asked.classification_betas and (several or asked.classification_positive_class is None):
-        return "classification_betas", "classification_betas need classification_positive_class and two classes."
+    if several and asked.classification_positive_class is not None:
+        return "classification_n_classes", "A positive class is one of two: leave out classification_n_classes."
+    if asked.classification_betas and asked.classification_positive_class is None:
+        return "classification_betas", "classification_betas need a classification_positive_class."
     if not asked.compute_classification_metrics:
         return None
     if asked.validation_file is None:
