@@ -27,7 +27,7 @@ from luthier.api.jobs_wire import (
 router = APIRouter(tags=["fine-tuning"])
 
 
-@router.post("/fine_tuning/jobs", response_model=None)
+@router.post("/fine_tuning/jobs", response_model=None, summary="Create a fine-tuning job")
 def create(asked: JobRequest, request: Request, at: At, key: Caller) -> dict[str, Any]:
     """A new job. A repeat of the same request by a client that tries again is answered with the job it made."""
     numbers = _numbers(asked.method, asked.hyperparameters)
@@ -62,7 +62,7 @@ def create(asked: JobRequest, request: Request, at: At, key: Caller) -> dict[str
     return job_object(job, at.settings.organization)
 
 
-@router.get("/fine_tuning/jobs", response_model=None)
+@router.get("/fine_tuning/jobs", response_model=None, summary="List fine-tuning jobs")
 def list_jobs(
     request: Request,
     at: At,
@@ -82,32 +82,34 @@ def list_jobs(
     return listed([job_object(job, at.settings.organization) for job in page.data], page.has_more)
 
 
-@router.get("/fine_tuning/jobs/{job_id}", response_model=None)
+@router.get("/fine_tuning/jobs/{job_id}", response_model=None, summary="Retrieve a fine-tuning job")
 def retrieve(job_id: str, at: At) -> dict[str, Any]:
     return job_object(find(at, job_id, "modern"), at.settings.organization)
 
 
-@router.post("/fine_tuning/jobs/{job_id}/cancel", response_model=None)
+@router.post("/fine_tuning/jobs/{job_id}/cancel", response_model=None, summary="Cancel a fine-tuning job")
 def cancel(job_id: str, at: At) -> dict[str, Any]:
     """At once, or as soon as the worker has heard of it; the job is shown as cancelled from now on."""
     find(at, job_id, "modern")
     return job_object(at.jobs.request_cancel(job_id), at.settings.organization)
 
 
-@router.post("/fine_tuning/jobs/{job_id}/pause", response_model=None)
+@router.post("/fine_tuning/jobs/{job_id}/pause", response_model=None, summary="Pause a fine-tuning job")
 def pause(job_id: str, at: At) -> dict[str, Any]:
     """A running job is paused when its worker has saved it."""
     find(at, job_id, "modern")
     return job_object(at.jobs.request_pause(job_id), at.settings.organization)
 
 
-@router.post("/fine_tuning/jobs/{job_id}/resume", response_model=None)
+@router.post("/fine_tuning/jobs/{job_id}/resume", response_model=None, summary="Resume a fine-tuning job")
 def resume(job_id: str, at: At) -> dict[str, Any]:
     find(at, job_id, "modern")
     return job_object(at.jobs.request_resume(job_id), at.settings.organization)
 
 
-@router.get("/fine_tuning/jobs/{job_id}/events", response_model=None)
+@router.get(
+    "/fine_tuning/jobs/{job_id}/events", response_model=None, summary="List or follow the events of a fine-tuning job"
+)
 def events(
     job_id: str,
     request: Request,
@@ -125,7 +127,9 @@ def events(
     return listed([event_object(event) for event in page.data], page.has_more)
 
 
-@router.get("/fine_tuning/jobs/{job_id}/checkpoints", response_model=None)
+@router.get(
+    "/fine_tuning/jobs/{job_id}/checkpoints", response_model=None, summary="List the checkpoints of a fine-tuning job"
+)
 def checkpoints(
     job_id: str, at: At, after: Cursor = None, starting_after: Cursor = None, limit: Limit = 10
 ) -> dict[str, Any]:

@@ -32,7 +32,7 @@ router = APIRouter(tags=["fine-tunes"])
 MOST_LISTED = 10_000
 
 
-@router.post("/fine-tunes", response_model=None)
+@router.post("/fine-tunes", response_model=None, summary="Create a fine-tune")
 def create(asked: FineTuneRequest, request: Request, at: At, key: Caller) -> dict[str, Any]:
     """A new fine-tune, its defaults resolved from the file and the model's name."""
     wrong = trouble(asked)
@@ -69,7 +69,7 @@ def create(asked: FineTuneRequest, request: Request, at: At, key: Caller) -> dic
     return _whole(at, job)
 
 
-@router.get("/fine-tunes", response_model=None)
+@router.get("/fine-tunes", response_model=None, summary="List fine-tunes")
 def list_fine_tunes(
     at: At,
     after: Cursor = None,
@@ -83,18 +83,18 @@ def list_fine_tunes(
     return {"object": "list", "data": shown, "has_more": page.has_more}
 
 
-@router.get("/fine-tunes/{job_id}", response_model=None)
+@router.get("/fine-tunes/{job_id}", response_model=None, summary="Retrieve a fine-tune")
 def retrieve(job_id: str, at: At) -> dict[str, Any]:
     return _whole(at, find(at, job_id, "legacy"))
 
 
-@router.post("/fine-tunes/{job_id}/cancel", response_model=None)
+@router.post("/fine-tunes/{job_id}/cancel", response_model=None, summary="Cancel a fine-tune")
 def cancel(job_id: str, at: At) -> dict[str, Any]:
     find(at, job_id, "legacy")
     return _whole(at, at.jobs.request_cancel(job_id))
 
 
-@router.delete("/fine-tunes/{job_id}", response_model=None)
+@router.delete("/fine-tunes/{job_id}", response_model=None, summary="Delete a fine-tune that is over")
 def delete(job_id: str, at: At) -> dict[str, Any]:
     """Forget a fine-tune that is over; its model and files stay."""
     find(at, job_id, "legacy")
@@ -102,7 +102,7 @@ def delete(job_id: str, at: At) -> dict[str, Any]:
     return {"id": job_id, "object": "fine-tune", "deleted": True}
 
 
-@router.get("/fine-tunes/{job_id}/events", response_model=None)
+@router.get("/fine-tunes/{job_id}/events", response_model=None, summary="List or follow the events of a fine-tune")
 def events(job_id: str, request: Request, at: At, stream: bool = False) -> dict[str, Any] | Response:
     """All of them, oldest first; with `stream=true` as server-sent events, which go on until the job is over."""
     find(at, job_id, "legacy")

@@ -28,14 +28,14 @@ class PermissionRequest(Strict):
     project_ids: Annotated[list[ProjectId], Field(min_length=1, max_length=100)]
 
 
-@router.post(PATH, response_model=None)
+@router.post(PATH, response_model=None, summary="Let projects use a checkpoint")
 def create(checkpoint: str, asked: PermissionRequest, at: At) -> dict[str, Any]:
     """A permission for each project; one that is there already is answered as it is."""
     made = at.models.permit(_model(at, checkpoint), asked.project_ids)
     return listed([_object(one) for one in made], has_more=False)
 
 
-@router.get(PATH, response_model=None)
+@router.get(PATH, response_model=None, summary="List the projects that may use a checkpoint")
 def list_permissions(
     checkpoint: str,
     at: At,
@@ -55,7 +55,7 @@ def list_permissions(
     return listed([_object(one) for one in page.data], page.has_more)
 
 
-@router.delete(PATH + "/{permission_id}", response_model=None)
+@router.delete(PATH + "/{permission_id}", response_model=None, summary="Take a permission back")
 def delete(checkpoint: str, permission_id: str, at: At) -> dict[str, Any]:
     try:
         at.models.forbid(_model(at, checkpoint), permission_id)
