@@ -212,17 +212,33 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
 
     Only the keys in OBEYED are taken from adapter_config.json. Does not check that `model` is the right base.
     """
+    made, state = fitted(model, folder)
+    set_peft_model_state_dict(made, state)
+    return made
+
+
+def fitted(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, dict[str, torch.Tensor]]:
+    """`model` (it may be on the meta device) with fresh adapter modules, and the weights of `folder` that go there.
+
+    Raises BadSetting as `load` does.
+    """
     state = _read_state(folder)
     config = _read_config(folder)
     try:
         made = get_peft_model(model, config, autocast_adapter_dtype=False)
         assert isinstance(made, PeftModel)
-        expected = set(get_peft_model_state_dict(made, save_embedding_layers=False))
-        _compare(set(state), expected, folder)
-        set_peft_model_state_dict(made, state)
+        expected = get_peft_model_state_dict(made, save_embedding_layers=False)
     except (ValueError, RuntimeError) as error:
         raise BadSetting(f"The adapter {folder} does not fit its base: {error}", param="model") from error
-    return made
+    _compare(set(state), set(expected), folder)
+    for key, place in expected.items():
+        if state[key].shape != place.shape:
+            raise BadSetting(
+                f"The adapter {folder} does not fit its base: {key} has the shape {list(state[key].shape)}, wanted "
+                f"{list(place.shape)}.",
+                param="model",
+            )
+    return made, state
 
 
 def _read_state(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,210 @@
+"""Adapters of one base: read, checked, kept while used, and applied to rows of a batch that mixes them.
+
+An adapter is its content, never its name: the key that batches and caches see is a hash of its files. PEFT says which
+modules it changes and how strongly (its own layers are built on a skeleton without memory), as in training.
+Does not know: attention, sequences, where adapters come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from luthier.engine import adapters
+from luthier.engine.sources import refuse_unsafe
+from luthier.spec.errors import BadSetting, NotFound
+
+FILES = (adapters.CONFIG, adapters.WEIGHTS, adapters.NOTE)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What an adapter does to one linear layer: y + B A x, then with DoRA times `gain`. B holds the scaling."""
+
+    a: Tensor  # [rank, in]
+    b: Tensor  # [out, rank]
+    gain: Tensor | None = None  # [out], DoRA's magnitude over the norm of the changed weight
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """`key`: hash of the content. `changes` by module name."""
+
+    key: str
+    changes: Mapping[str, Change]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A module's place among the outputs of a (fused) linear layer."""
+
+    name: str
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class Pair:
+    """The changes of all active adapters to one fused layer. `owners` says whose each hidden unit is."""
+
+    a: Tensor  # [ranks, in]
+    b: Tensor  # [ranks, out]
+    owners: Tensor  # int [ranks]
+    gain: Tensor | None  # [1 + adapters, out]; row 0: the base
+
+
+@dataclass
+class Mix:
+    """Adapters stacked for a batch. `who` is set for each step: int [tokens], 0 for the base, else 1 + place."""
+
+    adapters: list[Adapter]
+    pairs: list[Pair | None]
+    who: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    mixed: bool = True
+    _strange: dict[int, Tensor] = field(default_factory=dict)
+
+    def set_rows(self, places: Sequence[int]) -> None:
+        """`places[t]`: whose token t is."""
+        self.who = torch.tensor(places, dtype=torch.int32)
+        self.mixed = not (len(self.adapters) == 1 and 0 not in places)
+        self._strange.clear()
+
+    def add(self, index: int, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        """`y`, the output [tokens, out] of layer `index` for `x`, changed for each row by its own adapter."""
+        pair = self.pairs[index]
+        if pair is None:
+            return y
+        hidden = x @ pair.a.T
+        if self.mixed:
+            # Filled, not multiplied: another row's adapter may overflow, and 0 times infinity is NaN.
+            key = id(pair.owners)
+            if key not in self._strange:
+                self._strange[key] = self.who[:, None] != pair.owners
+            hidden.masked_fill_(self._strange[key], 0.0)
+        if pair.gain is not None:
+            gain = pair.gain[self.who.long()]
+            y = y * gain if bias is None else (y - bias) * gain + bias
+        return y.addmm_(hidden, pair.b)
+
+
+def stack(active: Sequence[Adapter], layout: Sequence[Sequence[Part]], dtype: torch.dtype) -> Mix:
+    """The adapters `active` over linear layers whose outputs `layout` names."""
+    seen: dict[tuple[int, ...], Tensor] = {}
+    return Mix(list(active), [_pair(active, parts, dtype, seen) for parts in layout])
+
+
+def _pair(
+    active: Sequence[Adapter], parts: Sequence[Part], dtype: torch.dtype, seen: dict[tuple[int, ...], Tensor]
+) -> Pair | None:
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
+    owners: list[int] = []
+    width = parts[-1].end
+    gain: Tensor | None = None
+    for place, adapter in enumerate(active, start=1):
+        for part in parts:
+            change = adapter.changes.get(part.name)
+            if change is None:
+                continue
+            rows.append(change.a)
+            column = torch.zeros(change.b.shape[1], width)
+            column[:, part.start : part.end] = change.b.T
+            columns.append(column)
+            owners += [place] * len(change.a)
+            if change.gain is not None:
+                gain = torch.ones(1 + len(active), width) if gain is None else gain
+                gain[place, part.start : part.end] = change.gain
+    if not rows:
+        return None
+    owner = seen.setdefault(tuple(owners), torch.tensor(owners, dtype=torch.int32))
+    return Pair(
+        torch.cat(rows).to(dtype),
+        torch.cat(columns).to(dtype),
+        owner,
+        None if gain is None else gain.to(dtype),
+    )
+
+
+class Shelf:
+    """The adapters in memory, the least recently used put away first. Those in use stay with their sequences."""
+
+    def __init__(self, model: PreTrainedModel, base_hash: Callable[[], str], known: set[str], limit: int) -> None:
+        """`known`: names of the linear modules that a batch can change."""
+        self._model, self._base_hash, self._known, self.limit = model, base_hash, known, limit
+        self._kept: OrderedDict[tuple[object, ...], Adapter] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, folder: Path, digest: str | None) -> Adapter:
+        """The adapter in `folder` as it is now. Raises NotFound or BadSetting, as engine/adapters.py does."""
+        try:
+            stamp: list[object] = [str(folder), digest]
+            for name in FILES:
+                at = (folder / name).stat()
+                stamp += [at.st_ino, at.st_size, at.st_mtime_ns]
+        except OSError as error:
+            raise NotFound(f"The adapter {folder.name} is not here: {error.strerror}.", param="model") from error
+        key = tuple(stamp)
+        if key not in self._kept:
+            self._kept[key] = self._read(folder)
+            while len(self._kept) > self.limit:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _read(self, folder: Path) -> Adapter:
+        refuse_unsafe(folder)
+        wanted = adapters.base_of(folder)
+        if wanted.hash != self._base_hash():
+            raise BadSetting(
+                f"The adapter {folder.name} was trained on another base: this one differs in config, weights or "
+                f"tokenizer from the {wanted.name} it needs (content {wanted.hash[:12]}).",
+                param="model",
+            )
+        digest = hashlib.sha256()
+        for name in FILES:
+            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+        made, state = adapters.fitted(skeleton(self._model), folder)
+        changes = dict(_changes(made, state, self._model))
+        strange = sorted(set(changes) - self._known)
+        if strange:
+            raise BadSetting(f"The adapter {folder.name} changes {strange[0]}, which is not served.", param="model")
+        return Adapter(digest.hexdigest(), changes)
+
+
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same architecture without weights."""
+    with torch.device("meta"):
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(model.config)
+    return made
+
+
+def _changes(made: nn.Module, state: Mapping[str, Tensor], model: PreTrainedModel) -> Sequence[tuple[str, Change]]:
+    weights = dict(model.named_modules())
+    found = []
+    for path, layer in made.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        name = path.removeprefix("base_model.model.")
+        if f"{path}.lora_A.weight" not in state:
+            raise BadSetting(f"The adapter changes {name}, which is no linear layer.", param="model")
+        scaling = float(layer.scaling["default"])
+        a, b = state[f"{path}.lora_A.weight"].float(), state[f"{path}.lora_B.weight"].float() * scaling
+        magnitude = state.get(f"{path}.lora_magnitude_vector")
+        if magnitude is None:
+            found.append((name, Change(a, b)))
+            continue
+        linear: Any = weights[name]
+        gain = magnitude.float() / (linear.weight.float() + b @ a).norm(dim=1)
+        found.append((name, Change(a, b * gain[:, None], gain)))
+    return found
