@@ -59,8 +59,8 @@ def create_app(services: Services) -> FastAPI:
         except ModuleNotFoundError:
             continue
         app.include_router(module.router, prefix="/v1", dependencies=[Depends(caller)], responses=ANSWERS)
-    app.include_router(health.router)
-    app.include_router(metrics.router)
+    app.include_router(health.router, responses=ANSWERS)
+    app.include_router(metrics.router, responses=ANSWERS)
     faults.install(app)
     describe(app)
     app.add_middleware(Gate, settings=services.settings, doorkeeper=app.state.doorkeeper)
