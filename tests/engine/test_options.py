@@ -41,6 +41,10 @@ def differs(run: RunFolder, plain: RunFolder) -> bool:
     return any(not torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def supervised(run: RunFolder) -> list[int]:
+    return [event["supervised_tokens"] for event in events(run, "step")]
+
+
 def is_true(value: object) -> None:
     assert value
 
@@ -55,6 +59,10 @@ TABLE: dict[str, tuple[dict[str, Any], Look]] = {
     "max_steps": ({"max_steps": 2}, lambda run, plain: is_true(len(losses(run)) == 2 < len(losses(plain)))),
     "batch_size": ({"batch_size": 2}, lambda run, plain: is_true(len(losses(run)) == 2 * len(losses(plain)))),
     "learning_rate": ({"learning_rate": 5e-4}, lambda run, _: is_true(max(rates(run)) == 5e-4)),
+    "learning_rate_multiplier": (
+        {"learning_rate_multiplier": 0.5},
+        lambda run, plain: is_true(rates(run) == [rate / 2 for rate in rates(plain)]),
+    ),
     "schedule": (
         {"schedule": "constant"},
         lambda run, plain: is_true(rates(run)[-1] == max(rates(run)) > rates(plain)[-1]),
@@ -92,6 +100,42 @@ TABLE: dict[str, tuple[dict[str, Any], Look]] = {
         {"validation": "0.2"},
         lambda run, _: is_true(json.loads(run.report.read_text())["base"]["rows"] == 2),
     ),
+    "continue_from": (
+        {"continue_from": "PARENT"},
+        lambda run, plain: is_true(losses(run)[0] < losses(plain)[0] and weights(run).keys() == weights(plain).keys()),
+    ),
+    "prompt_loss_weight": (
+        {"prompt_loss_weight": 0.5, "data": "PAIRS"},
+        lambda run, plain: is_true(supervised(run) == supervised(plain) and losses(run)[0] != losses(plain)[0]),
+    ),
+    "publish_checkpoints": (
+        {"publish_checkpoints": 2, "checkpoint_every": 1},
+        lambda run, _: is_true(
+            sorted(path.name for path in run.published.iterdir()) == ["step-00000002", "step-00000003"]
+        ),
+    ),
+    "classification_n_classes": (
+        {"classification_n_classes": 3, "data": "PAIRS", "validation": "0.2"},
+        lambda run, _: is_true(
+            events(run, "validation")[0]["classification"].keys()
+            == {"classification/accuracy", "classification/weighted_f1_score"}
+        ),
+    ),
+    "classification_positive_class": (
+        {"classification_positive_class": " yes", "data": "TWO", "validation": "0.2"},
+        lambda run, _: is_true("classification/f1.0" in events(run, "validation")[0]["classification"]),
+    ),
+    "classification_betas": (
+        {
+            "classification_positive_class": " yes",
+            "classification_betas": [0.5, 2],
+            "data": "TWO",
+            "validation": "0.2",
+        },
+        lambda run, _: is_true(
+            {"classification/f0.5", "classification/f2.0"} <= events(run, "validation")[0]["classification"].keys()
+        ),
+    ),
     "recipe": (
         apply_recipe({"recipe": "self-llm"}),
         lambda run, _: is_true(
@@ -113,10 +157,32 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny: Path, data: Path) -> R
     return train(tmp_path_factory.mktemp("plain") / "run", tiny, data, epochs=1, precision="float32", warmup=0.0)
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Prompt/completion rows of three and of two classes."""
+    folder = tmp_path_factory.mktemp("pairs")
+    answers = {"PAIRS": (" yes", " no", " maybe"), "TWO": (" yes", " no")}
+    return {
+        name: write(
+            folder / f"{name}.jsonl",
+            [{"prompt": f"is it {n}? ->", "completion": words[n % len(words)]} for n in range(12)],
+        )
+        for name, words in answers.items()
+    }
+
+
 @pytest.mark.parametrize("option", list(TABLE))
-def test_option(tmp_path: Path, tiny: Path, data: Path, plain: RunFolder, option: str) -> None:
+def test_option(tmp_path: Path, tiny: Path, data: Path, plain: RunFolder, pairs: dict[str, Path], option: str) -> None:
     given, look = TABLE[option]
-    run = train(tmp_path / "run", tiny, data, **{"epochs": 1, "precision": "float32", "warmup": 0.0, **given})
+    options = {"epochs": 1, "precision": "float32", "warmup": 0.0, **given}
+    if "data" in options:
+        data = pairs[options.pop("data")]
+    if option == "continue_from":
+        options["continue_from"] = str(plain.path)
+    if option == "prompt_loss_weight":
+        same = {name: value for name, value in options.items() if name != option}
+        plain = train(tmp_path / "plain", tiny, data, **same)
+    run = train(tmp_path / "run", tiny, data, **options)
     look(run, plain)
 
 

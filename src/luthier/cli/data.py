@@ -63,6 +63,9 @@ def show(
     max_length: Annotated[
         int | None, typer.Option("--max-length", min=1, help="Longest row in tokens, as for `luthier train`.")
     ] = None,
+    prompt_loss_weight: Annotated[
+        float, typer.Option("--prompt-loss-weight", min=0, max=1, help="Weight of prompts, as for `luthier train`.")
+    ] = 0.0,
     ids: Annotated[bool, typer.Option("--ids", help="List each token with its id and loss weight.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a row.")] = False,
 ) -> None:
@@ -76,7 +79,7 @@ def show(
         raise BadSetting("--row and --limit cannot be given together.", param="row")
     if not file.is_file():
         raise NotFound(f"No data file {file}.", param="file", hint="Check the path.")
-    renderer = Renderer.load(resolve_model(model), template)
+    renderer = Renderer.load(resolve_model(model), template, prompt_loss_weight)
     longest = max_length or auto_max_length(renderer.tokenizer.context)
     records = _records(file, renderer, longest)
     if row is not None:
@@ -159,7 +162,7 @@ def _as_json(records: Iterator[Shown], renderer: Renderer, limit: int | None, ro
         problems = [problem.as_dict() for problem in record.problems]
         failed = failed or any(problem.severity == "error" for problem in record.problems)
         for rendered in record.rendered or [Rendered([], [])]:
-            learnt = [token for token, weight in zip(rendered.ids, rendered.weights, strict=True) if weight]
+            learnt = [token for token, weight in zip(rendered.ids, rendered.weights, strict=True) if weight >= 1]
             print_json(
                 {
                     "row": record.row,
@@ -246,7 +249,7 @@ class Painter:
         text = Text()
         weighed = zip(rendered.ids, rendered.weights, strict=True)
         for weight, run in groupby(weighed, key=lambda pair: pair[1]):
-            learnt = weight > 0
+            learnt = weight >= 1
             text.append(self.open if learnt and not self.colours else "")
             for control, group in groupby([token for token, _ in run], key=self.control.__contains__):
                 style = "bold green" if learnt else "dim"

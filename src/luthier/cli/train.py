@@ -41,7 +41,7 @@ PANELS = {
 REQUIRED = ("model", "data")
 SEPARATED = {"target_modules", "classification_betas"}  # lists given as one text
 # Options that --resume cannot change. What the others name is a file or a folder, and can be put right where it lies.
-FIXED = frozenset(TrainRequest.model_fields) - {"model", "data", "validation", "template"}
+FIXED = frozenset(TrainRequest.model_fields) - {"model", "data", "validation", "template", "continue_from"}
 
 
 def train(**options: Any) -> None:
@@ -183,6 +183,8 @@ def _whole_paths(request: TrainRequest) -> dict[str, Any]:
     found: dict[str, Any] = {"data": [_file(path, "data") for path in request.data]}
     if request.validation is not None and validation_share(request.validation) is None:
         found["validation"] = _file(request.validation, "validation")
+    if request.continue_from is not None:
+        found["continue_from"] = str(Path(request.continue_from).expanduser().absolute())
     if request.template is not None and Path(request.template).is_file():
         found["template"] = str(Path(request.template).absolute())
     return found

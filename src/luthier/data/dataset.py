@@ -16,7 +16,7 @@ import numpy.typing as npt
 from luthier.data.formats import read_examples
 from luthier.data.read import hash_file
 from luthier.data.render import Renderer
-from luthier.spec.data import Example, Problem, Rendered, Text
+from luthier.spec.data import Completion, Example, Problem, Rendered, Text
 from luthier.spec.errors import BadData, NotFound
 from luthier.spec.job import Overlong
 
@@ -35,6 +35,7 @@ class Rows:
         self.tokens = 0
         self.supervised = 0
         self.text = False
+        self.pairs = True  # every row is a prompt with its completion
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -55,7 +56,7 @@ class Rows:
         self.sources.append(source)
         self.keys.append(key)
         self.tokens += len(ids)
-        self.supervised += int(np.count_nonzero(weights))
+        self.supervised += int(np.count_nonzero(weights >= 1))
 
     def length(self, index: int) -> int:
         return len(self._ids[index])
@@ -65,9 +66,15 @@ class Rows:
 
     def select(self, indices: Sequence[int]) -> Rows:
         chosen = Rows()
-        chosen.text = self.text
+        chosen.text, chosen.pairs = self.text, self.pairs
         for index in indices:
             chosen._add(self._ids[index], self._weights[index], self.sources[index], self.keys[index])
+        return chosen
+
+    def answers(self) -> Rows:
+        """The same rows with prompts that weigh nothing: what is measured, however training weighs prompts."""
+        chosen = self.select(range(len(self)))
+        chosen._weights = [np.where(weights >= 1, weights, np.float32(0)) for weights in self._weights]
         return chosen
 
     def digest(self) -> str:
@@ -158,6 +165,7 @@ def _prepare_file(
         if isinstance(rendered, Problem):
             prepared.note(_in_file(rendered, path))
             continue
+        prepared.rows.pairs &= isinstance(example, Completion)
         if isinstance(example, Text):
             prepared.rows.text = True
             rendered = [window for row in rendered for window in windows(row, max_length)]
@@ -175,7 +183,7 @@ def _fit(row: Rendered, key: bytes, prepared: Prepared, max_length: int, overlon
     if length > max_length:
         if overlong == "error":
             answer = (
-                "the end of its answer" if row.weights[max_length - 1] or any(row.weights[max_length:]) else "its end"
+                "the end of its answer" if any(weight >= 1 for weight in row.weights[max_length - 1 :]) else "its end"
             )
             prepared.note(
                 Problem(
@@ -190,14 +198,15 @@ def _fit(row: Rendered, key: bytes, prepared: Prepared, max_length: int, overlon
             )
             return
         kept = row.weights[:max_length]
-        if overlong == "drop" or not any(kept):
+        learnt = sum(1 for weight in kept if weight >= 1)
+        if overlong == "drop" or not learnt:
             prepared.dropped += 1
             prepared.lost_tokens += length
             prepared.lost_supervised += row.supervised
             return
         prepared.truncated += 1
         prepared.lost_tokens += length - max_length
-        prepared.lost_supervised += row.supervised - sum(1 for weight in kept if weight)
+        prepared.lost_supervised += row.supervised - learnt
         row = Rendered(row.ids[:max_length], kept, row.source, row.line)
     if row.supervised:
         prepared.rows.add(row.ids, row.weights, row.source, key)
@@ -246,11 +255,11 @@ def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def _prompt_key(rendered: Sequence[Rendered]) -> bytes:
-    """What makes prompts the same: the ids before the first learnt token; for texts, the row's own first ids."""
+    """What makes prompts the same: the ids before the answer's first token; for texts, the row's own first ids."""
     if not rendered:
         return b""
     row = rendered[0]
-    first = next((n for n, weight in enumerate(row.weights) if weight), len(row.ids))
+    first = next((n for n, weight in enumerate(row.weights) if weight >= 1), len(row.ids))
     basis = row.ids[:first] if first > 1 else row.ids
     return hashlib.sha256(np.asarray(basis, dtype=np.int32).tobytes()).digest()
 

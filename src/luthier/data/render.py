@@ -27,6 +27,9 @@ from luthier.spec.data import Chat, Completion, Example, Message, Problem, Rende
 from luthier.spec.errors import BadSetting, UserError
 
 _PROBE = "Xyzzy"
+# The most that a prompt token can weigh: float32's next number below 1. So whoever has the weights of a row can tell
+# its answer (1) from its prompt, and accuracy stays that of answers.
+_MOST_PROMPT_WEIGHT = 1 - 2.0**-24
 
 
 class Unrenderable(UserError):
@@ -41,24 +44,33 @@ class Unrenderable(UserError):
 
 @dataclass(frozen=True, slots=True)
 class _Marked:
-    """A row as text with stand-ins; `weights[n]` belongs to its n-th OPEN. An answer ends with the first end marker."""
+    """A row as text with stand-ins; `weights[n]` belongs to its n-th OPEN. An answer ends with the first end marker.
+
+    `before` is the weight of what comes before the first OPEN.
+    """
 
     text: str
     weights: tuple[float, ...]
+    before: float = 0.0
 
 
 class Renderer:
     """Made by `Renderer.load(folder, template)`. Attributes: tokenizer, template, stop_ids,
     end_token, `lead` and `trail` (what the template itself puts around an answer: a space, or nothing)."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, prompt_weight: float = 0.0) -> None:
+        self.prompt_weight = min(prompt_weight, _MOST_PROMPT_WEIGHT)
         self.tokenizer = tokenizer
         self.template = template
         self._learn_turns()
 
     @classmethod
-    def load(cls, folder: str | Path, template: str | None = None) -> Renderer:
-        """The renderer of a model folder. Raises NotFound, BadSetting (no such template, or one that cannot train)."""
+    def load(cls, folder: str | Path, template: str | None = None, prompt_weight: float = 0.0) -> Renderer:
+        """The renderer of a model folder. Raises NotFound, BadSetting (no such template, or one that cannot train).
+
+        `prompt_weight`: loss weight of the prompt's tokens in prompt/completion rows; of chats, answers alone are
+        learnt whatever it is.
+        """
         folder = Path(folder)
         tokenizer = Tokenizer(folder)
         own_file = folder / "chat_template.jinja"
@@ -71,7 +83,7 @@ class Renderer:
         }
         variables.setdefault("bos_token", "")
         variables.setdefault("eos_token", "")
-        return cls(tokenizer, ChatTemplate(source, name, variables))
+        return cls(tokenizer, ChatTemplate(source, name, variables), prompt_weight)
 
     # -- what the template does with turns ----------------------------------------------------------------------
 
@@ -231,7 +243,7 @@ class Renderer:
             return self._chat(example)
         end = self.tokenizer.stand_ins[self.tokenizer.eos or self.end_token]
         if isinstance(example, Completion):
-            return [_Marked(example.prompt + OPEN + example.completion + end, (1.0,))]
+            return [_Marked(example.prompt + OPEN + example.completion + end, (1.0,), self.prompt_weight)]
         return [_Marked(OPEN + example.text + (end if example.ends else ""), (1.0,))]
 
     def _chat(self, chat: Chat) -> list[_Marked]:
@@ -340,7 +352,7 @@ class Renderer:
         ids: list[int] = []
         weights: list[float] = []
         given = iter(row.weights)
-        weight = next(given) if row.text.startswith(OPEN) else 0.0
+        weight = next(given) if row.text.startswith(OPEN) else row.before
         for twin in twin_ids:
             if twin == self.tokenizer.open_id:
                 weight = next(given, 0.0)

@@ -107,7 +107,7 @@ def prune(folder: Path, keep: set[int]) -> None:
     for step in steps(folder):
         if step not in keep:
             shutil.rmtree(path_of(folder, step), ignore_errors=True)
-    for left in folder.glob(".step-*.tmp"):
+    for left in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.work")]:
         shutil.rmtree(left, ignore_errors=True)
 
 

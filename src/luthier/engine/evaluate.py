@@ -120,7 +120,7 @@ class _Ask:
             loss=sums.loss,
             token_accuracy=sums.token_accuracy,
             exact_match=right / len(pairs) if pairs else None,
-            supervised_tokens=sum(int(np.count_nonzero(weights)) for _, weights in self.material.rows),
+            supervised_tokens=sum(int(np.count_nonzero(weights >= 1)) for _, weights in self.material.rows),
         )
         return score, answers
 

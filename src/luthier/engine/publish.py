@@ -86,13 +86,14 @@ def publish(
     out: Path,
     weights: Mapping[str, torch.Tensor] | None = None,
     base_name: str | None = None,
+    must_differ: bool = True,
 ) -> list[str]:
     """Write the result to `out` (replaced whole when it exists) and return notes, as `dry_run` does.
 
     `weights`: the learnt values by parameter name (float32 masters); default: the model's own. An adapter is saved
     in float32; a full model in its own dtype, and `model` is left holding exactly what was saved. Raises UserError,
-    with the weights kept in a `.rejected` folder that the message names, when a saved weight is not finite or none
-    changed since `initial` (from `fingerprint`); NotNow when the disk refuses.
+    with the weights kept in a `.rejected` folder that the message names, when a saved weight is not finite or, if it
+    `must_differ`, none changed since `initial` (from `fingerprint`); NotNow when the disk refuses.
     """
     learnt = dict(weights if weights is not None else _own(model))
     work = _work_folder(out)
@@ -103,7 +104,7 @@ def publish(
             write_json(work / adapters.CONFIG, adapters.config_of(model, base_folder))
         else:
             _write_full(work, model, learnt)
-        wrong = _what_is_wrong(work, model, learnt, initial, request.uses_adapter)
+        wrong = _what_is_wrong(work, model, learnt, initial if must_differ else None, request.uses_adapter)
         if wrong is not None:
             raise _rejected(work, out, *wrong)
         base = {"name": base_name or request.model, "folder": str(base_folder), "hash": base_hash}
@@ -147,7 +148,8 @@ def _bytes_needed(model: nn.Module, request: TrainRequest) -> int:
         weights = sum(4 * twice * weight.numel() for weight in model.parameters() if weight.requires_grad)
     else:
         weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    return weights + 50_000_000
+    copies = 2 + request.publish_checkpoints if request.publish_checkpoints else 1  # one more while it is written
+    return copies * weights + 50_000_000
 
 
 # Side files
@@ -240,7 +242,7 @@ def _write_full(work: Path, model: Any, learnt: Mapping[str, torch.Tensor]) -> N
 
 
 def _what_is_wrong(
-    work: Path, model: nn.Module, learnt: Mapping[str, torch.Tensor], initial: Start, adapter: bool
+    work: Path, model: nn.Module, learnt: Mapping[str, torch.Tensor], initial: Start | None, adapter: bool
 ) -> tuple[str, str] | None:
     """What the saved files show: (sentence, next step), or None when they can be published."""
     for path in sorted(work.glob("*.safetensors")):
@@ -251,6 +253,8 @@ def _what_is_wrong(
                         f"{key} holds values that are not finite: the training diverged.",
                         "Lower --learning-rate, and look at the losses in metrics.csv.",
                     )
+    if initial is None:
+        return None
     now = learnt if adapter else _own(model)
     if all(adapters.value_hash(now[name]) == known for name, known in initial.hashes.items()):
         return (

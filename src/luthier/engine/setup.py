@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from luthier.data.dataset import Prepared, Rows, prepare, split
 from luthier.data.render import Renderer
-from luthier.engine import attention, catalogue, forest, models, publish, step
+from luthier.engine import attention, catalogue, classify, forest, models, parent, publish, step
 from luthier.engine.adapters import Start
 from luthier.engine.optimizer import Masters
 from luthier.spec.errors import BadData, BadSetting, Broken, UserError
@@ -42,7 +42,7 @@ SELF_CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # share of the loss
 
 @dataclass
 class Ready:
-    """A run that can take its first step."""
+    """A run that can take its first step. `request` holds what a model to continue from decided."""
 
     request: TrainRequest
     settings: Settings
@@ -55,7 +55,7 @@ class Ready:
     model: Any
     masters: Masters
     initial: Start
-    notes: list[str]
+    classes: classify.Classes | None
 
     @property
     def rows(self) -> int:
@@ -81,8 +81,12 @@ def make_ready(
     """
     emit("phase", name="load", message=f"Loading {request.model}")
     base_folder = catalogue.resolve(request.model)
-    renderer = Renderer.load(base_folder, request.template)
     base_hash = catalogue.content_hash(base_folder)
+    asked, forebear = request, parent.find(request, base_hash)
+    if forebear is not None:
+        request = forebear.fit(request)
+    template = request.template or (forebear.template if forebear else None)
+    renderer = Renderer.load(base_folder, template, request.prompt_loss_weight)
     max_length = _max_length(request, renderer)
 
     emit("phase", name="data", message=f"Reading {', '.join(request.data)}")
@@ -94,16 +98,21 @@ def make_ready(
             message=f"{twice} of {len(validation or ())} validation rows ask what training rows ask.",
             hint="Their score says little about new prompts; --validation 0.1 holds out prompts of their own.",
         )
+    classes = classify.prepare(
+        request, renderer, train, validation, lambda message: emit("warning", message=message, hint="")
+    )
     precision = request.precision if request.precision != "auto" else models.default_precision()
-    base: Any = models.load_base(base_folder, precision)
+    whole = forebear is not None and not forebear.adapter
+    base: Any = models.load_base(forebear.folder if forebear and whole else base_folder, precision)
     if torch.cuda.is_available():
         base.cuda()
     hidden_size = int(base.config.get_text_config().hidden_size)
     settings = settle(request, train, seed, max_length, precision, hidden_size, train.text)
     spec = {
-        "request": request.model_dump(),
+        "request": asked.model_dump(),
         "settings": settings.model_dump(),
         "base": {"folder": str(base_folder), "hash": base_hash},
+        "parent": forebear.hash if forebear else None,
         "template": {"name": renderer.template.name, "source": renderer.template.source},
         "stop_ids": list(renderer.stop_ids),
         "data": {"files": prepared.files, "rows": train.digest()},
@@ -117,11 +126,18 @@ def make_ready(
     heed()
     attention.install(base)
     notes = _still(base)
-    model = models.attach(base, request, settings)
+    state: dict[str, torch.Tensor] = {}
+    if forebear is not None and forebear.adapter:
+        model, state = forebear.attach(base, request)
+    else:
+        model = models.attach(base, request, settings)
     trainable = models.trainable(model)
     if not trainable:
         raise BadSetting("Nothing would be trained: no weight of this model is chosen.", param="method")
     masters = Masters(trainable, request.weight_decay)
+    if state:
+        parent.start_from(masters.values, model, state)
+        masters.publish()
     if leads:
         notes += publish.dry_run(
             model,
@@ -137,7 +153,18 @@ def make_ready(
     for note in notes:
         emit("warning", message=note, hint="")
     return Ready(
-        request, settings, renderer, base_folder, base_hash, train, validation, prepared, model, masters, initial, notes
+        request,
+        settings,
+        renderer,
+        base_folder,
+        base_hash,
+        train,
+        validation,
+        prepared,
+        model,
+        masters,
+        initial,
+        classes,
     )
 
 
@@ -184,7 +211,7 @@ def _read_data(
     share = validation_share(request.validation)
     if share is not None:
         train, validation = split(prepared.rows, share, seed)
-        return prepared, train, validation
+        return prepared, train, validation.answers()
     if request.validation is None:
         return prepared, prepared.rows, None
     try:
@@ -199,7 +226,7 @@ def _read_data(
             message=f"{held.dropped} validation rows were dropped and {held.truncated} cut at {max_length} tokens.",
             hint="Raise --max-length to measure them whole.",
         )
-    return prepared, prepared.rows, held.rows
+    return prepared, prepared.rows, held.rows.answers()
 
 
 def _tell_warnings(prepared: Prepared, emit: Emit) -> None:

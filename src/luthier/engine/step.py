@@ -16,7 +16,6 @@ from torch import Tensor
 from luthier.engine import attention, forest, loss
 from luthier.engine.forest import Forest, Row
 
-
 Watch = Callable[[Forest, Tensor], None]
 
 

@@ -18,6 +18,7 @@ import os
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ class Loop:
             "learning_rate": rate,
             "grad_norm": norm,
             "tokens": sum(len(ids) for ids, _ in rows),
-            "supervised_tokens": int(sum((weights > 0).sum() for _, weights in rows)),
+            "supervised_tokens": int(sum((weights >= 1).sum() for _, weights in rows)),
             "physical_tokens": int(tokens),
             "token_accuracy": tally.token_accuracy,
             "sequence_accuracy": tally.sequence_accuracy,
@@ -189,15 +190,19 @@ class Loop:
         if rows is None:
             return None
         self.emit("phase", name="validate", message=f"Validating on {len(rows)} rows")
-        tally = Tally()
+        tally, look = Tally(), self.ready.classes.look(self.ready.model) if self.ready.classes else None
+        share = slice(self.rank, None, self.ranks)
         sums = measure_rows(
             self.ready.model,
             [rows[index] for index in range(len(rows))],
             self.settings.micro_tokens,
-            part=slice(self.rank, None, self.ranks),
+            part=share,
             progress=lambda done, total: self.emit("progress", name="validate", done=done, total=total),
             tally=tally,
+            watch=look,
         )
+        settings = self.settings
+        classes = look.columns(rows, settings.micro_tokens, settings.max_length, share) if look else None
         nll, hits, weight, *counts = _add_up(
             sums.nll, sums.hits, sums.weight, tally.tokens, tally.right, tally.rows, tally.whole
         )
@@ -217,7 +222,7 @@ class Loop:
             token_accuracy=total.token_accuracy,
             sequence_accuracy=tally.sequence_accuracy,
             supervised_tokens=rows.supervised,
-            classification=None,
+            classification=classes,
         )
         return score
 
@@ -288,30 +293,43 @@ class Loop:
         text = self.run.metrics.read_text(encoding="utf-8", errors="replace") if self.run.metrics.is_file() else ""
         kept = [line for line in text.splitlines() if line.count(",") == len(METRICS) - 1 and _step_of(line) <= step]
         write_whole(self.run.metrics, "\n".join([_csv(METRICS), *kept]) + "\n")
+        told = {event["step"] for _, event in self.run.events() if event["type"] == "checkpoint"}
+        if step not in told:  # killed between the two
+            self._tell_checkpoint()
 
     def _checkpoint(self) -> None:
-        best = self.progress["best_step"] == self.step
         self.progress["elapsed"] = self._elapsed()
         if self.rank == 0:
-            path = checkpoint.save(
-                self.run.checkpoints, self.step, self.ready.masters.state(), {"progress": self.progress}
-            )
+            self._publish_checkpoint()
+            checkpoint.save(self.run.checkpoints, self.step, self.ready.masters.state(), {"progress": self.progress})
             checkpoint.prune(self.run.checkpoints, {self.step, self.progress["best_step"] or self.step})
-            self.emit("checkpoint", step=self.step, path=str(path), best=best, published=None)
+            self._tell_checkpoint()
         if dist.is_initialized():
             dist.barrier()
 
-    def _elapsed(self) -> float:
-        """Seconds of all attempts, less what was done after the checkpoints that they went on from."""
-        return self.before + time.monotonic() - self.begun
+    def _tell_checkpoint(self) -> None:
+        path, published = (checkpoint.path_of(at, self.step) for at in (self.run.checkpoints, self.run.published))
+        self.emit(
+            "checkpoint",
+            step=self.step,
+            path=str(path),
+            best=self.progress["best_step"] == self.step,
+            published=str(published) if published.is_dir() else None,
+        )
 
-    def finish(self) -> None:
-        """Publish the result, after checking it, and the report."""
-        if self.rank:
+    def _publish_checkpoint(self) -> None:
+        """The checkpoint as a model that can be used. It comes before the checkpoint itself: a run that is killed
+        between the two takes these steps again and writes it again."""
+        if not self.request.publish_checkpoints:
             return
-        ready, progress = self.ready, self.progress
-        self.emit("phase", name="save", message="Checking and saving the result")
-        changed = publish.publish(
+        out = checkpoint.path_of(self.run.published, self.step)
+        self._publish(out, must_differ=False)
+        earlier = [step for step in checkpoint.steps(self.run.published) if step <= self.step]
+        checkpoint.prune(self.run.published, set(earlier[-self.request.publish_checkpoints :]))
+
+    def _publish(self, out: Path, must_differ: bool = True) -> list[str]:
+        ready = self.ready
+        return publish.publish(
             ready.model,
             weights=ready.masters.values,
             initial=ready.initial,
@@ -322,9 +340,21 @@ class Loop:
             template=ready.renderer.template.source,
             stop_ids=ready.renderer.stop_ids,
             pad_id=ready.renderer.tokenizer.pad_id,
-            out=self.run.model,
+            out=out,
+            must_differ=must_differ,
         )
-        for note in changed:
+
+    def _elapsed(self) -> float:
+        """Seconds of all attempts, less what was done after the checkpoints that they went on from."""
+        return self.before + time.monotonic() - self.begun
+
+    def finish(self) -> None:
+        """Publish the result, after checking it, and the report."""
+        if self.rank:
+            return
+        progress = self.progress
+        self.emit("phase", name="save", message="Checking and saving the result")
+        for note in self._publish(self.run.model):
             self.emit("warning", message=note, hint="")
         report = Report(
             base=Score(**progress["base"]) if progress["base"] else None,

@@ -103,7 +103,8 @@ class Problem:
 
 @dataclass(slots=True)
 class Rendered:
-    """One training row after rendering: `ids[i]` carries loss weight `weights[i]` (0 = context, 1 = learnt).
+    """One training row after rendering: `ids[i]` carries loss weight `weights[i]` (0 = context, 1 = learnt; below 1:
+    a prompt token that is learnt a little, see Renderer.load).
 
     A weight says how much *predicting* that token counts, so position 0 never has one. `source` is the record's
     row number; one record can become several rendered rows (a long text, or a template that rewrites history).
@@ -117,4 +118,5 @@ class Rendered:
 
     @property
     def supervised(self) -> int:
-        return sum(1 for weight in self.weights if weight)
+        """Tokens of the answer."""
+        return sum(1 for weight in self.weights if weight >= 1)

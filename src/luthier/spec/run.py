@@ -6,6 +6,7 @@
       events.jsonl      one JSON object a line, appended whole
       metrics.csv       one row an optimizer step
       checkpoints/      step-00000012/ ...: appear complete, by rename
+      published/        step-00000012/ ...: checkpoints as models that can be used, when asked for
       model/            the result: adapter or full model, tokenizer, template, generation_config
       report.json       what was measured
       engine.log        what the engine process printed
@@ -106,6 +107,7 @@ class RunFolder:
         self.events_file = self.path / "events.jsonl"
         self.metrics = self.path / "metrics.csv"
         self.checkpoints = self.path / "checkpoints"
+        self.published = self.path / "published"
         self.model = self.path / "model"
         self.report = self.path / "report.json"
         self.log = self.path / "engine.log"
