@@ -27,6 +27,7 @@ POLL_SECONDS = 0.5
 KEEP_ALIVE_SECONDS = 15.0
 PAGE = 500
 Show = Callable[[Event], dict[str, Any] | None]
+ANSWERS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # beside JSON without `stream`
 
 
 class Watch:

@@ -108,7 +108,10 @@ def resume(job_id: str, at: At) -> dict[str, Any]:
 
 
 @router.get(
-    "/fine_tuning/jobs/{job_id}/events", response_model=None, summary="List or follow the events of a fine-tuning job"
+    "/fine_tuning/jobs/{job_id}/events",
+    response_model=None,
+    responses=follow.ANSWERS,
+    summary="List or follow the events of a fine-tuning job",
 )
 def events(
     job_id: str,

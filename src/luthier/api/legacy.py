@@ -102,7 +102,12 @@ def delete(job_id: str, at: At) -> dict[str, Any]:
     return {"id": job_id, "object": "fine-tune", "deleted": True}
 
 
-@router.get("/fine-tunes/{job_id}/events", response_model=None, summary="List or follow the events of a fine-tune")
+@router.get(
+    "/fine-tunes/{job_id}/events",
+    response_model=None,
+    responses=follow.ANSWERS,
+    summary="List or follow the events of a fine-tune",
+)
 def events(job_id: str, request: Request, at: At, stream: bool = False) -> dict[str, Any] | Response:
     """All of them, oldest first; with `stream=true` as server-sent events, which go on until the job is over."""
     find(at, job_id, "legacy")
