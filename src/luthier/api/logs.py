@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from luthier.api.errors import ApiError
@@ -98,6 +99,8 @@ class Trace:
 
         try:
             await self.app(scope, receive, with_headers)
+        except ClientDisconnect:
+            status = status or 499  # nobody is there to read it; the log and the counters tell it from a fault
         except Exception:
             log.exception("A request failed by our own fault.", extra={"fields": self._fields(scope, 500, started)})
             if status:

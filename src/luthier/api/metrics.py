@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -58,6 +58,7 @@ class Metrics:
         )
         self.streams = Gauge("luthier_streams", "Answers that are being streamed now.", registry=self.registry)
         self.registry.register(_JobStates(jobs))
+        ProcessCollector(registry=self.registry)
 
     def count(self, route: str, method: str, status: int, seconds: float) -> None:
         method = method if method in METHODS else "other"  # a client must not be able to make new series
