@@ -111,6 +111,10 @@ def render() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _words(route: APIRoute) -> str:
+    return route.summary or route.name
+
+
 def _query(route: APIRoute) -> str:
     return ", ".join(f"`{parameter.alias}`" for parameter in route.dependant.query_params)
 
