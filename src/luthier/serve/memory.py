@@ -1,4 +1,4 @@
-"""Keys and values of the sequences being served: one tensor, a slot for each sequence, and blocks remembered by content.
+"""Keys and values of the sequences being served: one tensor, a slot each; and blocks remembered by content.
 
 The tensor is [layers, 2 (key, value), slots, capacity, kv heads, head size]. Sequences fill the first slots without a
 hole, so that a step attends to all of them through views. Slots are zero where nothing was written: attention gives

@@ -101,6 +101,7 @@ class Scheduler:
             if ids and not (min(ids) >= 0 and max(ids) < self.compute.vocabulary):
                 raise UserError(f"{name} has a token id beyond 0 to {self.compute.vocabulary - 1}.", param=name)
 
+    @torch.inference_mode()
     def cancel(self, name: str) -> None:
         """Free what `name` holds at once. Unknown: it has ended already."""
         for sequence in list(self.waiting):
