@@ -79,6 +79,11 @@ def load_settings() -> Settings:
         raise ValueError(f"{name}: found {first['input']!r}; {first['msg']}.") from error
 
 
+def client_environment() -> tuple[str | None, str | None]:
+    """(base URL, API key) as OpenAI's own clients take them: OPENAI_BASE_URL and OPENAI_API_KEY."""
+    return os.environ.get("OPENAI_BASE_URL") or None, os.environ.get("OPENAI_API_KEY") or None
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment for a child process, with `changes` over it."""
     return {**os.environ, **changes}

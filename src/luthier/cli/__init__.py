@@ -16,10 +16,11 @@ import typer
 import typer.main
 
 from luthier import __version__
-from luthier.cli import data, models
+from luthier.cli import data, keys, models
 from luthier.cli.chat import chat
 from luthier.cli.evaluate import evaluate
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
+from luthier.cli.serve import serve, worker
 from luthier.cli.train import train
 from luthier.spec.errors import BadData, Broken, LuthierError, UserError
 
@@ -39,6 +40,9 @@ app.command()(evaluate)
 app.command()(data.tokenize)
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
+app.command()(serve)
+app.command()(worker)
+app.add_typer(keys.app, name="keys")
 
 
 def _say_version(asked: bool) -> None:
