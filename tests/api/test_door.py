@@ -17,7 +17,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from luthier.api import logs
+from luthier.api import limits, logs
 from luthier.api.app import create_app
 from luthier.api.auth import Doorkeeper
 from luthier.api.limits import Meter
@@ -398,3 +398,30 @@ def test_the_document_describes_the_routes(client: TestClient) -> None:
     assert {"200", "400", "401", "413", "429"} <= create["responses"].keys()
     assert "multipart/form-data" in create["requestBody"]["content"]
     assert "security" not in document["paths"]["/healthz"]["get"]
+
+
+def test_a_key_has_a_bound_of_open_requests(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "IN_FLIGHT", 1)
+    inside, answered = threading.Event(), threading.Event()
+    headers = {"authorization": f"Bearer {live.key}"}
+
+    def slowly() -> Iterator[bytes]:
+        yield b"{"
+        inside.set()
+        answered.wait(20)
+        yield b"}"
+
+    sender = threading.Thread(
+        target=httpx2.post, args=(f"{live.base_url}/uploads",), kwargs={"content": slowly(), "headers": headers}
+    )
+    sender.start()
+    try:
+        assert inside.wait(20)
+        until = time.monotonic() + 20
+        while (answer := httpx2.get(f"{live.base_url}/models", headers=headers)).status_code == 200:
+            assert time.monotonic() < until
+    finally:
+        answered.set()
+        sender.join(30)
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert httpx2.get(f"{live.base_url}/models", headers=headers).status_code == 200

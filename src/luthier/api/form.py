@@ -23,8 +23,8 @@ from luthier.api.errors import ApiError
 from luthier.api.limits import check_length, too_large
 from luthier.store.blobs import Blobs, Incoming
 
-SILENCE_SECONDS = 60  # how long the reader waits for the next bytes
 AT_ONCE = 256 * 1024  # bytes that are gathered before the thread is woken
+PATIENCE_SECONDS = 120  # how long they may take to come: a reader is not held by a trickle
 FIELDS = 32
 FIELD_BYTES = 16 * 1024
 AROUND = 64 * 1024  # bytes of a form that may surround its file
@@ -85,14 +85,14 @@ async def _next(stream: AsyncIterator[bytes]) -> bytes:
     """About AT_ONCE bytes; empty at the end."""
     gathered, size = [], 0
     try:
-        while size < AT_ONCE:
-            with anyio.fail_after(SILENCE_SECONDS):
+        with anyio.fail_after(PATIENCE_SECONDS):
+            while size < AT_ONCE:
                 gathered.append(await anext(stream))
-            size += len(gathered[-1])
+                size += len(gathered[-1])
     except StopAsyncIteration:
         pass
     except TimeoutError:
-        raise ApiError(408, f"No more of the form came for {SILENCE_SECONDS} s.") from None
+        raise ApiError(408, f"The form comes too slowly: less than {AT_ONCE} bytes in {PATIENCE_SECONDS} s.") from None
     return b"".join(gathered)
 
 

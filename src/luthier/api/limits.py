@@ -26,6 +26,7 @@ from luthier.store.keys import Key
 
 STREAMED = re.compile("/v1/files|/v1/uploads/[^/]+/parts")
 LARGE = 256 * 1024  # a JSON text from this size on is checked off the event loop
+BODY_SECONDS = 120  # how long a JSON body may take to come
 IN_FLIGHT = 512  # requests that one key may have open at once
 KEYS_METERED = 10_000
 
@@ -76,27 +77,34 @@ class Gate:
         state: dict[str, Any] = scope.setdefault("state", {})
         state["headers"] = {}
         try:
-            key = await self._key(headers)
-            state["key"] = key
+            state["key"] = key = await self._key(headers)
             wait, state["headers"] = self.meter.take(key.id)
             self._check_rate(key, wait)
-            if not STREAMED.fullmatch(path) and scope["method"] in ("POST", "PUT", "PATCH"):
-                body = await self._body(headers, receive)
-                receive = _replay(body, receive)
         except (ApiError, LuthierError) as error:
-            answer = error if isinstance(error, ApiError) else translate(error)
-            await respond(answer)(scope, receive, send)
+            await _say(error, scope, receive, send)
             return
-        await self._counted(key, scope, receive, send)
-
-    async def _counted(self, key: Key, scope: Scope, receive: Receive, send: Send) -> None:
         self.in_flight[key.id] = self.in_flight.get(key.id, 0) + 1
         try:
-            await self.app(scope, receive, send)
+            await self._let_in(headers, scope, receive, send)
         finally:
             self.in_flight[key.id] -= 1
             if not self.in_flight[key.id]:
                 del self.in_flight[key.id]
+
+    async def _let_in(self, headers: Headers, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] in ("POST", "PUT", "PATCH") and not STREAMED.fullmatch(scope["path"]):
+            try:
+                with anyio.fail_after(BODY_SECONDS):
+                    body = await self._body(headers, receive)
+            except TimeoutError:
+                late = ApiError(408, f"The body did not come within {BODY_SECONDS} s.")
+                await _say(late, scope, receive, send)
+                return
+            except ApiError as error:
+                await _say(error, scope, receive, send)
+                return
+            receive = _replay(body, receive)
+        await self.app(scope, receive, send)
 
     async def _key(self, headers: Headers) -> Key:
         token = bearer(headers.get("authorization"))
@@ -191,6 +199,11 @@ def _has_nul(value: Any) -> bool:
         elif isinstance(item, list):
             left.extend(item)
     return False
+
+
+async def _say(error: ApiError | LuthierError, scope: Scope, receive: Receive, send: Send) -> None:
+    answer = error if isinstance(error, ApiError) else translate(error)
+    await respond(answer)(scope, receive, send)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
