@@ -1,0 +1,221 @@
+"""A worker: claims jobs, checks their files, has the engine carry them out, writes down what came of it.
+
+Two threads claim: one checks files, which takes seconds and must not wait behind a training run of hours, and takes
+jobs from dead workers' hands; the other (the caller's) runs one job at a time. Whatever a job does, the worker goes on
+to the next; whatever becomes of the worker, its lease ends and the next one goes on from the last checkpoint.
+Does not know: what an engine's events mean (record.py), how a run is watched (attempt.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from luthier.settings import Settings, child_environment
+from luthier.spec.bases import Bases
+from luthier.spec.errors import LuthierError, NotFound, NotNow
+from luthier.spec.run import RunFolder, write_json
+from luthier.store.db import Database
+from luthier.store.files import Files
+from luthier.store.jobs import Job, Jobs
+from luthier.store.leases import Lease, LeaseLost, Leases, Stage
+from luthier.work.attempt import Attempt, Fate
+from luthier.work.hold import Hold
+from luthier.work.launch import Child
+from luthier.work.layout import FileGone, blob_of, lay_out
+from luthier.work.record import Recorder, unregister
+from luthier.work.results import FILENAMES, result_table
+from luthier.work.validate import Refusal, unread, verdict_of
+
+logger = logging.getLogger("luthier.work")
+
+IDLE = 0.5  # seconds between two looks for work
+LEASE = 10.0  # seconds that a job stays a silent worker's
+BEAT = 1.0  # seconds between two beats
+PATIENCE = 0.1  # seconds between two looks at a child
+
+EngineCommand = Callable[[RunFolder], Sequence[str]]
+
+
+def engine_command(run: RunFolder) -> list[str]:
+    return [sys.executable, "-m", "luthier.engine", str(run.path)]
+
+
+class Worker:
+    """One worker of a database. `command` makes the command line that carries out a run folder."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        bases: Bases,
+        name: str,
+        *,
+        command: EngineCommand = engine_command,
+        lease: float = LEASE,
+        beat: float = BEAT,
+    ) -> None:
+        self.settings, self.database, self.bases, self.name = settings, database, bases, name
+        self.command, self.lease_seconds, self.beat_every = command, lease, beat
+        self.leases, self.files, self.jobs = Leases(database), Files(database), Jobs(database)
+        self.environment = child_environment(
+            LUTHIER_HOME=str(database.home), LUTHIER_HUB=settings.hub, PYTHONUNBUFFERED="1"
+        )
+
+    # -- the loops ---------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop` is set; then the running job is saved at a checkpoint and goes back into the queue."""
+        checker = threading.Thread(target=self._loop, args=("validate", stop), name="checker")
+        checker.start()
+        try:
+            self._loop("run", stop)
+        finally:
+            stop.set()
+            checker.join()
+
+    def _loop(self, stage: Stage, stop: threading.Event) -> None:
+        while not stop.is_set():
+            try:
+                busy = self.once(stage, stop)
+            except NotNow as error:  # the database does not answer: it may again
+                logger.warning("%s: %s", stage, error)
+                busy = False
+            if not busy:
+                stop.wait(IDLE)
+
+    def once(self, stage: Stage, stop: threading.Event) -> bool:
+        """Look for one job of that stage and do it; whether there was one. Raises NotNow."""
+        if stage == "validate":
+            for job in self.leases.reclaim_expired():
+                logger.warning("%s taken from worker %s", job.id, job.worker)
+        claimed = self.leases.claim(self.name, self.lease_seconds, stage)
+        if claimed is None:
+            return False
+        job, lease = claimed
+        logger.info("%s: %s", job.id, stage)
+        with Hold(self.leases, lease, job, self.beat_every) as hold, self._guarded(job, lease, hold):
+            if stage == "validate":
+                self._check_files(job, lease, hold, stop)
+            else:
+                self._carry_out(job, lease, hold, stop)
+        return True
+
+    @contextlib.contextmanager
+    def _guarded(self, job: Job, lease: Lease, hold: Hold) -> Iterator[None]:
+        """Whatever goes wrong with one job is written down as its end, and ends nothing else."""
+        try:
+            try:
+                yield
+            except (LeaseLost, NotNow):
+                raise
+            except LuthierError as error:
+                self._fail(job, lease, error.code, error.message, error.param)
+            except OSError as error:
+                self._fail(job, lease, "unavailable", f"The worker's disk refuses: {error.strerror or error}.", None)
+            except Exception as error:  # the edge of a job: it is told, and the worker lives
+                logger.exception("%s", job.id)
+                self._fail(job, lease, "internal", f"The worker failed: {type(error).__name__}.", None)
+        except LeaseLost:
+            logger.warning("%s is no longer ours", job.id)
+        except NotNow as error:
+            if hold.lost:
+                logger.warning("%s is no longer ours: %s", job.id, error)
+            else:  # a full disk, most often: say so, when the database takes it
+                with contextlib.suppress(LeaseLost):
+                    self._fail(job, lease, error.code, error.message, error.param)
+
+    def _fail(self, job: Job, lease: Lease, code: str, message: str, param: str | None) -> None:
+        """No path of this machine reaches a client."""
+        shown = message.replace(str(self.database.home / "runs" / job.id), "the run folder")
+        shown = shown.replace(str(self.database.home), "the data folder")
+        logger.warning("%s failed: %s", job.id, message)
+        self.leases.fail(lease, code=code, message=shown, param=param)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def _check_files(self, job: Job, lease: Lease, hold: Hold, stop: threading.Event) -> None:
+        refusal: Refusal | None
+        try:
+            asked = {
+                "training": str(blob_of(self.files, "training", job.training_file)),
+                "validation": job.validation_file and str(blob_of(self.files, "validation", job.validation_file)),
+                "kind": job.kind,
+                "method": (job.request.get("method") or {}).get("type") or "supervised",
+            }
+        except FileGone as error:
+            refusal = Refusal(error.code, error.message, error.param)
+        else:
+            with TemporaryDirectory(prefix="luthier-check-") as folder:
+                output, log = Path(folder) / "verdict", Path(folder) / "log"
+                command = [sys.executable, "-m", "luthier.work.validate"]
+                given = json.dumps(asked).encode()
+                with Child(command, log=log, environment=self.environment, input=given, output=output) as child:
+                    while (code := child.poll()) is None:
+                        hold.check()
+                        if stop.is_set():
+                            self.leases.release(lease)
+                            return
+                        time.sleep(PATIENCE / 2)
+                said = log.read_text(errors="replace")
+                refusal = unread(code, said) if code else verdict_of(output.read_text())
+                if code:
+                    logger.warning("%s: %s", job.id, said)
+        if refusal is None:
+            self.leases.validated(lease)
+        else:
+            self._fail(job, lease, refusal.code, refusal.message, refusal.param)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, job: Job, lease: Lease, hold: Hold, stop: threading.Event) -> None:
+        run = lay_out(self.database, self.bases, job)
+        self.leases.record(lease, run_folder=run.path)
+        recorder = Recorder(self.database, job, lease, run, self.settings.organization)
+        fate = Fate("failed")
+        try:
+            fate = Attempt(run, recorder, hold, stop, self.command(run), self.environment).to_the_end()
+            if fate.kind == "finished":
+                self._succeed(job, lease, run, recorder)
+            elif fate.kind == "failed":
+                self._fail(job, lease, fate.code, fate.message, fate.param)
+            else:
+                self.leases.release(lease)
+        finally:
+            recorder.trackers.finish("succeeded" if fate.kind == "finished" else fate.kind)
+
+    def _succeed(self, job: Job, lease: Lease, run: RunFolder, recorder: Recorder) -> None:
+        """Model and result file, then the end. Repeated after a crash it comes to the same."""
+        model = recorder.register(run.model)
+        result = self._result_file(job, run)
+        tokens = int((recorder.terminal or {})["report"]["trained_tokens"])
+        try:
+            ended = self.leases.finish(lease, fine_tuned_model=model.name, result_files=[result], trained_tokens=tokens)
+        except LeaseLost:
+            ended = self.jobs.get(job.id)  # whoever has the job now may be about to register the same
+            if ended.status not in ("cancelled", "failed"):
+                raise
+        if ended.status != "succeeded":
+            unregister(recorder.models, model.name)
+            with contextlib.suppress(NotFound):
+                self.files.delete(result)
+        shutil.rmtree(run.path / "data", ignore_errors=True)  # the data stays where the client put it
+
+    def _result_file(self, job: Job, run: RunFolder) -> str:
+        """The id of the job's result file; the note beside the run remembers it for a repeated end."""
+        note = run.path / "result.json"
+        if note.is_file():
+            with contextlib.suppress(NotFound, ValueError, KeyError):
+                return self.files.get(json.loads(note.read_text())["id"]).id
+        table = result_table(run, job)
+        made = self.files.create([table], filename=FILENAMES[job.kind], purpose="fine-tune-results")
+        write_json(note, {"id": made.id})
+        return made.id

@@ -1,0 +1,46 @@
+"""Words for the worker's tests: bytes of a file, and a worker in a process of its own, to be killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.settings import Settings
+from luthier.store.db import Database
+from luthier.work.launch import descendants
+from luthier.work.worker import Worker
+
+
+def jsonl(records: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"number {n} ->", "completion": f" {'even' if n % 2 == 0 else 'odd'}"} for n in range(count)]
+
+
+def command(home: Path, url: str | None, base: Path, name: str) -> list[str]:
+    """`python -m tests.work.ask ...`: a worker that beats often and whose lease is short."""
+    return [sys.executable, "-m", "tests.work.ask", str(home), url or "", str(base), name]
+
+
+def family(pid: int) -> set[int]:
+    return descendants(pid)
+
+
+def main(home: str, url: str, base: str, name: str) -> None:
+    settings = Settings(home=Path(home), hub="off", bases=f"tiny={base}", organization="Acme Inc.")
+    database = Database(Path(home), url or None)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    Worker(settings, database, settings.offered, name, lease=2.0, beat=0.3).run(stop)
+    database.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
