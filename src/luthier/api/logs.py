@@ -11,10 +11,9 @@ import json
 import logging
 import re
 import secrets
-import sys
 import time
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -49,19 +48,6 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return redacted(json.dumps(line, ensure_ascii=True, default=str))
-
-
-def configure(stream: TextIO = sys.stderr, level: int = logging.INFO) -> None:
-    """Send every record of this process to `stream` as JSON lines, uvicorn's own among them."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLines())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level)
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
-        logger = logging.getLogger(name)
-        logger.handlers[:] = []
-        logger.propagate = name != "uvicorn.access"  # ours says more
 
 
 class Trace:

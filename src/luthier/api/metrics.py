@@ -14,8 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from luthier.api.auth import bearer, refused
-from luthier.api.errors import ApiError
+from luthier.api.auth import bearer, refused, require_admin
 from luthier.store.jobs import Jobs
 
 router = APIRouter(tags=["health"])
@@ -87,7 +86,6 @@ def metrics(request: Request) -> Response:
         key = app.state.doorkeeper.verify(token)
         if key is None:
             raise refused(token)
-        if key.role != "admin":
-            raise ApiError(403, "You have insufficient permissions for this operation: it needs an admin key.")
+        require_admin(key)
     counted: Metrics = app.state.metrics
     return Response(counted.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
