@@ -110,24 +110,25 @@ def test_an_adapter_on_the_head(folders: Any, tmp_path: Path) -> None:
     assert torch.allclose(in_pieces(Bench(base), PROMPT, [20], adapter), wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("family", "more"),
-    [
-        ("gpt2", {}),
-        ("olmo2", {}),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
-    ],
-    ids=["gpt2", "olmo2", "dynamic-rope"],
-)
-def test_others_are_served_by_transformers(family: str, more: dict[str, Any], tmp_path: Path) -> None:
-    base = tiny_models.make_model(tmp_path / "base", family=family, **more)
-    odd = {"target_modules": ["c_attn"], "fan_in_fan_out": True} if family == "gpt2" else {}
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"family": "gpt2"},
+    "olmo2": {"family": "olmo2"},
+    "granite": {"family": "granite", "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "gemma2": {"family": "gemma2", "final_logit_softcapping": 3.0, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "dynamic-rope": {"family": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_are_served_by_transformers(name: str, tmp_path: Path) -> None:
+    base = tiny_models.make_model(tmp_path / "base", **OTHERS[name])
+    odd = {"target_modules": ["c_attn"], "fan_in_fan_out": True} if name == "gpt2" else {}
     adapter = make_adapter(base, tmp_path / "a", 1, **odd)
     bench = Bench(base)
     assert isinstance(bench.compute, Whole)
     given = bench.run([ask("a", PROMPT), ask("b", PROMPT[:7]), ask("c", PROMPT[3:30], adapter=str(adapter))])
-    for name, prompt in (("a", PROMPT), ("b", PROMPT[:7])):
-        assert given[name].ids == greedy(load(base), prompt)
+    for one, prompt in (("a", PROMPT), ("b", PROMPT[:7])):
+        assert given[one].ids == greedy(load(base), prompt)
     tuned = PeftModel.from_pretrained(load(base), adapter).eval()
     assert given["c"].ids == greedy(tuned, PROMPT[3:30])
     assert given["c"].ids != greedy(load(base), PROMPT[3:30])

@@ -124,7 +124,6 @@ class Whole:
         self.budget = kv_tokens
         self.caches: dict[int, Any] = {}
         self.adapter: Adapter | None = None
-        self.head = model.get_output_embeddings()
         config: Any = model.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
         self.modules = set()
@@ -173,22 +172,14 @@ class Whole:
             self.adapter = adapter
             if piece.start == 0:
                 self.caches[piece.slot] = DynamicCache(config=self.model.config)
-            output = self.model.get_decoder()(
+            output = self.model(
                 input_ids=torch.tensor([list(piece.tokens)]), cache=self.caches[piece.slot], use_cache=True
             )
-            given.append(output.last_hidden_state[0])
+            given.append(output.logits[0].float())
         return torch.cat(given)
 
     def logits(self, states: Tensor, adapters: Sequence[Adapter | None]) -> Tensor:
-        given = []
-        for row, adapter in zip(states, adapters, strict=True):
-            self.adapter = adapter
-            given.append(self._soft(self.head(row[None]).float()))
-        return torch.cat(given)
-
-    def _soft(self, logits: Tensor) -> Tensor:
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if not cap else cap * torch.tanh(logits / cap)
+        return states  # heads differ: some scale or cap what they give, so the model's own has been asked
 
 
 def choose(model: PreTrainedModel, kv_tokens: int | None, prefix_bytes: int, memory: int) -> Compute:

@@ -75,9 +75,16 @@ class Reader:
         self._cancelled: set[str] = set()
 
     def read(self) -> None:
-        for line in sys.stdin.buffer:
-            if line.strip():
-                self._line(line)
+        """Until stdin ends. Reads the descriptor itself: an exit must not wait for a buffered reader's lock."""
+        rest = b""
+        while data := os.read(0, 2**16):
+            *lines, last = data.split(b"\n")
+            if lines:
+                lines[0], rest = rest + lines[0], b""
+            rest += last
+            for line in lines:
+                if line.strip():
+                    self._line(line)
         self.inbox.put(("end", None))
 
     def _line(self, line: bytes) -> None:
