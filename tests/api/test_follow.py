@@ -15,6 +15,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from luthier.api import follow
+from luthier.api.app import create_app
+from luthier.api.legacy_wire import event_object
 from luthier.api.services import Services
 from luthier.spec.errors import NotNow
 from luthier.store.history import Event
@@ -182,3 +184,22 @@ def test_a_store_that_does_not_answer_is_said_in_the_stream(
     text = client.get(f"/v1/fine-tunes/{job_id}/events?stream=true").text
     last = text.strip().split("\n\n")[-1].removeprefix("data: ")
     assert json.loads(last)["error"]["message"] == "The database does not answer."
+
+
+def test_a_server_that_stops_sends_its_followers_away(services: Services) -> None:
+    file_id = driving.training_file(services)
+    job, _ = services.jobs.submit(request={}, model="tiny", training_file=file_id, kind="legacy")
+
+    async def scene() -> list[str]:
+        app = create_app(services)
+        heard = []
+        body = follow.stream(app, job.id, event_object).body_iterator
+        async for line in body:
+            heard.append(str(line))
+            if len(heard) == 2:
+                follow.end_all(app)
+        return heard
+
+    heard = asyncio.run(scene())
+    assert "The server is stopping." in json.loads(heard[-1].removeprefix("data: "))["error"]["message"]
+    assert "[DONE]" not in "".join(heard)

@@ -18,6 +18,7 @@ from luthier import __version__
 from luthier.api import faults, health, metrics
 from luthier.api.auth import Doorkeeper, caller
 from luthier.api.described import ANSWERS, describe
+from luthier.api.follow import Followers
 from luthier.api.form import READERS
 from luthier.api.limits import Gate
 from luthier.api.logs import Trace
@@ -53,6 +54,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.readers = anyio.CapacityLimiter(READERS)
     app.state.doorkeeper = Doorkeeper(services.keys)
     app.state.metrics = Metrics(services.jobs)
+    app.state.followers = Followers(services)
     for name in ROUTERS:
         try:
             module: Any = importlib.import_module(f"luthier.api.{name}")

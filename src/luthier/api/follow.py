@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from luthier.api.services import Services
-from luthier.spec.errors import LuthierError, NotFound, NotNow
+from luthier.spec.errors import Broken, LuthierError, NotFound, NotNow
 from luthier.store.history import Event
 from luthier.store.jobs import TERMINAL
 
@@ -42,6 +42,8 @@ class Watch:
         self.task: asyncio.Task[None] | None = None
 
     def tell(self, last: int, over: bool, fault: LuthierError | None = None) -> None:
+        """A fault stays: who follows is sent away, and a new follower begins a new watch."""
+        fault = self.fault or fault
         if (last, over, fault) != (self.last, self.over, self.fault):
             self.last, self.over, self.fault = last, over, fault
             self.news.set()
@@ -59,7 +61,7 @@ class Followers:
     async def events(self, job_id: str) -> AsyncGenerator[Event | None]:
         """Every event, oldest first; None where nothing happened for KEEP_ALIVE_SECONDS; ends when the job is over.
 
-        Raises NotNow when the store does not answer.
+        Raises LuthierError when the store does not answer or the server stops.
         """
         key = (asyncio.get_running_loop(), job_id)
         watch = self._watches.setdefault(key, Watch())
@@ -75,6 +77,11 @@ class Followers:
             if watch.followers == 0:
                 self._watches.pop(key, None)
                 watch.task.cancel()
+
+    def close(self) -> None:
+        """Every follower is told that the server stops, and comes back later. Call it on the followers' event loop."""
+        for watch in self._watches.values():
+            watch.tell(watch.last, watch.over, NotNow("The server is stopping.", hint="Follow the job again later."))
 
     async def _told(self, job_id: str, watch: Watch) -> AsyncGenerator[Event | None]:
         sequence, after = 0, None
@@ -99,14 +106,18 @@ class Followers:
                 yield None
 
     async def _poll(self, job_id: str, watch: Watch) -> None:
-        while not watch.over and watch.fault is None:
-            try:
-                watch.tell(*await anyio.to_thread.run_sync(self._look, job_id, limiter=self._limiter))
-            except NotFound:
-                watch.tell(watch.last, True)
-            except NotNow as error:
-                watch.tell(watch.last, watch.over, error)
-            await asyncio.sleep(POLL_SECONDS)
+        try:
+            while not watch.over and watch.fault is None:
+                try:
+                    watch.tell(*await anyio.to_thread.run_sync(self._look, job_id, limiter=self._limiter))
+                except NotFound:
+                    watch.tell(watch.last, True)
+                except LuthierError as error:
+                    watch.tell(watch.last, watch.over, error)
+                await asyncio.sleep(POLL_SECONDS)
+        finally:  # whatever ended the poll, nobody waits for it
+            if not watch.over:
+                watch.tell(watch.last, False, Broken("The events of the job cannot be read."))
 
     def _look(self, job_id: str) -> tuple[int, bool]:
         """The state first: the event that tells of an end is written in the same transaction as the end."""
@@ -115,16 +126,18 @@ class Followers:
         return (newest[0].sequence if newest else 0), over
 
 
-def stream(app: FastAPI, services: Services, job_id: str, show: Show) -> StreamingResponse:
+def stream(app: FastAPI, job_id: str, show: Show) -> StreamingResponse:
     """The answer to a follower: `show` gives the object of an event, None for one that this API does not tell."""
-    followers = getattr(app.state, "followers", None)
-    if followers is None:
-        followers = app.state.followers = Followers(services)
     return StreamingResponse(
-        _lines(followers, job_id, show),
+        _lines(app.state.followers, job_id, show),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
     )
+
+
+def end_all(app: FastAPI) -> None:
+    """End every stream of events, so that a server that stops need not wait for its jobs."""
+    app.state.followers.close()
 
 
 async def _lines(followers: Followers, job_id: str, show: Show) -> AsyncGenerator[str]:
@@ -137,7 +150,7 @@ async def _lines(followers: Followers, job_id: str, show: Show) -> AsyncGenerato
                     yield "data: " + json.dumps(shown) + "\n\n"
                 elif event is None:
                     yield ": the job goes on\n\n"
-    except NotNow as error:
+    except LuthierError as error:
         said = {"message": str(error), "type": "server_error", "param": None, "code": None}
         yield "data: " + json.dumps({"error": said}) + "\n\n"
         return

@@ -125,7 +125,7 @@ def events(
     """Newest first. `stream=true` (an extension): all of them, oldest first, and then live, as server-sent events."""
     find(at, job_id, "modern")
     if stream:
-        return follow.stream(request.app, at, job_id, event_object)
+        return follow.stream(request.app, job_id, event_object)
     page = at.history.events(job_id, after=cursor(after, starting_after), limit=limit)
     return listed([event_object(event) for event in page.data], page.has_more)
 

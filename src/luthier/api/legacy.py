@@ -112,7 +112,7 @@ def events(job_id: str, request: Request, at: At, stream: bool = False) -> dict[
     """All of them, oldest first; with `stream=true` as server-sent events, which go on until the job is over."""
     find(at, job_id, "legacy")
     if stream:
-        return follow.stream(request.app, at, job_id, event_object)
+        return follow.stream(request.app, job_id, event_object)
     told = [shown for event in _events(at, job_id) if (shown := event_object(event)) is not None]
     return {"object": "list", "data": told, "has_more": False}
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -150,6 +150,13 @@ class Announced(uvicorn.Server):
         if self.started:
             words = f"Luthier listens at {self.url}. Clients: export OPENAI_BASE_URL={self.url}/v1 OPENAI_API_KEY=..."
             console(stderr=True).print(words, markup=False, soft_wrap=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        from luthier.api.follow import end_all
+
+        app: Any = self.config.app
+        end_all(app)  # a follower of a job would keep the server for the whole grace
+        await super().shutdown(sockets)
 
 
 def run_server(
