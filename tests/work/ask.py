@@ -12,7 +12,6 @@ from typing import Any
 
 from luthier.settings import Settings
 from luthier.store.db import Database
-from luthier.work.launch import descendants
 from luthier.work.worker import Worker
 
 
@@ -27,10 +26,6 @@ def pairs(count: int) -> list[dict[str, str]]:
 def command(home: Path, url: str | None, base: Path, name: str) -> list[str]:
     """`python -m tests.work.ask ...`: a worker that beats often and whose lease is short."""
     return [sys.executable, "-m", "tests.work.ask", str(home), url or "", str(base), name]
-
-
-def family(pid: int) -> set[int]:
-    return descendants(pid)
 
 
 def main(home: str, url: str, base: str, name: str) -> None:

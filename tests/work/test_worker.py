@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from luthier.spec.errors import NotFound
 from luthier.spec.run import RunFolder
 from luthier.work.launch import descendants
 from luthier.work.results import final_name, folder_hash
@@ -141,11 +140,7 @@ def test_cancel_while_the_model_loads(bench: Bench) -> None:
 
 
 def _commands(pids: set[int]) -> list[list[str]]:
-    found = []
-    for pid in pids:
-        if alive(pid):
-            found.append(Path(f"/proc/{pid}/cmdline").read_text().split("\0"))
-    return found
+    return [Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in pids if alive(pid)]
 
 
 def test_pause_and_resume_take_the_same_steps(bench: Bench) -> None:

@@ -117,7 +117,7 @@ def _sentence(problem: Problem) -> str:
     index = problem.field.partition("messages[")[2].partition("]")[0]
     message = f", message {int(index) + 1}" if index.isdecimal() else ""
     field = f", {problem.field}" if problem.field else ""
-    hint = f" {problem.hint}" if problem.hint and problem.row else ""
+    hint = f" {problem.hint}" if problem.hint and problem.row and problem.severity == "error" else ""
     return f"{place}{message}{field}: found {problem.found}, wanted {problem.wanted}.{hint}"
 
 

@@ -25,7 +25,7 @@ from luthier.spec.errors import LuthierError, NotFound, NotNow
 from luthier.spec.run import RunFolder, write_json
 from luthier.store.db import Database
 from luthier.store.files import Files
-from luthier.store.jobs import Job, Jobs
+from luthier.store.jobs import TERMINAL, Job, Jobs
 from luthier.store.leases import Lease, LeaseLost, Leases, Stage
 from luthier.work.attempt import Attempt, Fate
 from luthier.work.hold import Hold
@@ -191,6 +191,8 @@ class Worker:
                 self.leases.release(lease)
         finally:
             recorder.trackers.finish("succeeded" if fate.kind == "finished" else fate.kind)
+        if self.jobs.get(job.id).status in TERMINAL:  # what the client deletes shall be gone
+            shutil.rmtree(run.path / "data", ignore_errors=True)
 
     def _succeed(self, job: Job, lease: Lease, run: RunFolder, recorder: Recorder) -> None:
         """Model and result file, then the end. Repeated after a crash it comes to the same."""
@@ -207,7 +209,6 @@ class Worker:
             unregister(recorder.models, model.name)
             with contextlib.suppress(NotFound):
                 self.files.delete(result)
-        shutil.rmtree(run.path / "data", ignore_errors=True)  # the data stays where the client put it
 
     def _result_file(self, job: Job, run: RunFolder) -> str:
         """The id of the job's result file; the note beside the run remembers it for a repeated end."""
