@@ -215,6 +215,19 @@ def test_ids_are_listed(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [str(renderer.stop_ids[0]), "<|im_end|>", "1"] in cells
 
 
+def test_weights_of_prompts_are_shown(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What --prompt-loss-weight does to training, prompt/completion rows only; the answer alone counts as learnt."""
+    file = write(tmp_path / "a.jsonl", {"prompt": "one two ->", "completion": " three"})
+    talk = write(tmp_path / "b.jsonl", chat(("user", "a"), ("assistant", "b")))
+    for path, weights in ((file, {0, 0.25, 1}), (talk, {0, 1})):
+        assert called("data", "show", path, "--model", model, "--json", "--prompt-loss-weight", "0.25") == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert {token["weight"] for token in shown["tokens"]} == weights
+        assert shown["supervised_text"] == {file: " three<|im_end|>", talk: "b<|im_end|>"}[path]
+    assert called("data", "show", file, "--model", model, "--ids", "--prompt-loss-weight", "0.25") == 0
+    assert ["0.25"] in [line.split()[-1:] for line in capsys.readouterr().out.splitlines()]
+
+
 def test_ascii_terminals(model: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", GOOD)
     here = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}

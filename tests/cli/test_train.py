@@ -101,7 +101,8 @@ def test_values_have_their_types(asked: list[Any], tmp_path: Path) -> None:
         "--epochs": "3", "--batch-size": "auto", "--learning-rate": "1e-4", "--max-steps": "7", "--alpha": "32",
         "--checkpoint-every": "5", "--validate-every": "epoch", "--validation": "0.1", "--seed": "0",
         "--target-modules": "q_proj, v_proj", "--max-length": "128", "--overlong": "drop", "--warmup": "0",
-        "--processes": "2",
+        "--processes": "2", "--classification-positive-class": " yes", "--classification-betas": "0.5, 2",
+        "--prompt-loss-weight": "0.1", "--learning-rate-multiplier": "2", "--publish-checkpoints": "3",
     }  # fmt: skip
     flat = [word for pair in words.items() for word in pair]
     assert called("train", "--model", "base", "--data", "a.jsonl", "--data", "a.jsonl", "--out", "r", *flat) == 0
@@ -110,18 +111,21 @@ def test_values_have_their_types(asked: list[Any], tmp_path: Path) -> None:
     assert {name: value for name, value in request.items() if name not in ("model", "data")} == {
         "epochs": 3, "batch_size": "auto", "learning_rate": 1e-4, "max_steps": 7, "alpha": 32.0, "checkpoint_every": 5,
         "validate_every": "epoch", "validation": "0.1", "target_modules": ["q_proj", "v_proj"], "seed": 0,
-        "max_length": 128, "overlong": "drop", "warmup": 0.0,
+        "max_length": 128, "overlong": "drop", "warmup": 0.0, "classification_positive_class": " yes",
+        "classification_betas": [0.5, 2.0], "prompt_loss_weight": 0.1, "learning_rate_multiplier": 2.0,
+        "publish_checkpoints": 3,
     }  # fmt: skip
     assert request["data"] == [str(tmp_path / "a.jsonl")] * 2
 
 
 def test_files_are_remembered_by_whole_paths(asked: list[Any], tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("x")
-    options = ["--validation", "a.jsonl", "--template", "own.jinja", "--out", "r"]
+    options = ["--validation", "a.jsonl", "--template", "own.jinja", "--continue-from", "base", "--out", "r"]
     assert called("train", "--model", "./base", "--data", "a.jsonl", *options) == 0
     ((_, request, _),) = asked
     assert request["validation"] == str(tmp_path / "a.jsonl")
     assert request["template"] == str(tmp_path / "own.jinja")
+    assert request["continue_from"] == str(tmp_path / "base")
 
 
 def test_a_recipe_gives_way_to_options(asked: list[Any]) -> None:

@@ -128,3 +128,42 @@ def test_a_text_is_whole_across_blocks(tmp_path: Path, renderer: Renderer) -> No
     blocks = len(set(prepared.rows.sources))
     assert blocks > 1 and prepared.rows.supervised == len(ids) - blocks
     assert all(int(np.count_nonzero(weights)) == len(weights) - 1 for _, weights in prepared.rows)
+
+
+def test_prompts_weigh_a_little_when_asked(tmp_path: Path) -> None:
+    """Prompt tokens get the weight, completions 1; chats stay as they are; counts and keys are those of answers."""
+    folder = tiny_models.make_tokenizer(tmp_path / "tokenizer")
+    file = tmp_path / "d.jsonl"
+    file.write_text(
+        json.dumps({"prompt": "color 3 ->", "completion": " red"})
+        + "\n"
+        + json.dumps({"prompt": "color 4 ->", "completion": " red"})
+    )
+    talk = tmp_path / "chats.jsonl"
+    talk.write_text(chat("hello", "good day"))
+
+    def read(path: Path, weight: float) -> Rows:
+        return prepare([path], Renderer.load(folder, prompt_weight=weight), max_length=64).rows
+
+    plain, tenth, whole = (read(file, weight) for weight in (0.0, 0.1, 1.0))
+    for (ids, weights), (same, before) in zip(tenth, plain, strict=True):
+        assert ids.tolist() == same.tolist()
+        first = int(np.argmax(before))
+        assert first > 2 and weights[0] == 0  # nothing predicts the first token
+        assert set(weights[1:first].tolist()) == {np.float32(0.1)}
+        assert weights[first:].tolist() == before[first:].tolist() == [1.0] * (len(ids) - first)
+    assert whole[0][1][1:] == pytest.approx(1.0, abs=1e-6)
+    assert plain.supervised == tenth.supervised == whole.supervised
+    assert plain.keys == tenth.keys == whole.keys and len(set(plain.keys)) == 2
+    assert plain.digest() == tenth.answers().digest() == whole.answers().digest() != tenth.digest()
+    assert read(talk, 0.1).digest() == read(talk, 0.0).digest()
+    assert tenth.pairs and not read(talk, 0.1).pairs and tenth.answers().pairs
+
+
+def test_a_cut_that_leaves_only_a_weighted_prompt_drops_the_row(tmp_path: Path) -> None:
+    folder = tiny_models.make_tokenizer(tmp_path / "tokenizer")
+    file = tmp_path / "d.jsonl"
+    rows = [{"prompt": "one two three four five six seven eight nine ten ->", "completion": " red"}]
+    file.write_text("\n".join(map(json.dumps, [*rows, {"prompt": "1", "completion": " 2"}])))
+    cut = prepare([file], Renderer.load(folder, prompt_weight=0.5), max_length=8, overlong="truncate")
+    assert (cut.dropped, cut.truncated, len(cut.rows)) == (1, 0, 1) and cut.lost_supervised > 0

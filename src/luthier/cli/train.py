@@ -33,10 +33,11 @@ from luthier.spec.job import TrainRequest, apply_recipe, make_request, validatio
 from luthier.spec.run import RunFolder
 
 PANELS = {
-    "What": ("model", "data", "validation", "template", "recipe"),
+    "What": ("model", "data", "validation", "template", "recipe", "continue_from"),
     "Adapter": ("method", "rank", "alpha", "dropout", "target_modules"),
-    "Rows": ("max_length", "overlong", "micro_tokens"),
-    "Run": ("seed", "precision", "checkpoint_every", "validate_every"),
+    "Rows": ("max_length", "overlong", "micro_tokens", "prompt_loss_weight"),
+    "Run": ("seed", "precision", "checkpoint_every", "validate_every", "publish_checkpoints"),
+    "Classification": ("classification_n_classes", "classification_positive_class", "classification_betas"),
 }
 REQUIRED = ("model", "data")
 SEPARATED = {"target_modules", "classification_betas"}  # lists given as one text
