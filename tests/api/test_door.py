@@ -15,6 +15,7 @@ import httpx2
 import openai
 import pytest
 from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 
 from luthier.api import limits, logs
@@ -36,12 +37,19 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def app(services: Services) -> FastAPI:
-    """With three routes more, that go wrong."""
+    """With routes more: three that go wrong, and a stream that tells how many streams there are."""
     app = create_app(services)
 
     @app.get("/v1/broken")
     def broken() -> None:
         raise RuntimeError("at sk-lu-abcdefghijklmnop, postgresql://me:hunter2@db/x")
+
+    @app.get("/v1/streamed")
+    def streamed() -> StreamingResponse:
+        def lines() -> Iterator[bytes]:
+            yield next(line for line in app.state.metrics.text().splitlines() if line.startswith(b"luthier_streams"))
+
+        return StreamingResponse(lines(), media_type="text/event-stream")
 
     @app.get("/v1/late")
     def late() -> None:
@@ -290,6 +298,7 @@ def test_metrics_are_for_admins_and_this_machine(
 ) -> None:  # fmt: skip
     client.get("/v1/models")
     client.get("/v1/nothing")
+    assert client.get("/v1/streamed").text == "luthier_streams 1.0"
     assert client.get("/metrics").status_code == 403
     answer = client.get("/metrics", headers={"authorization": f"Bearer {admin_key}"})
     assert answer.status_code == 200

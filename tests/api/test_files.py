@@ -153,6 +153,15 @@ def test_a_training_file_in_parts_is_checked_as_one(sdk: openai.OpenAI) -> None:
     assert sdk.uploads.complete(upload.id, part_ids=parts).status == "completed"
 
 
+@pytest.mark.parametrize(
+    "path", ["..%2f..%2fetc%2fpasswd/content", "..%2f..%2fetc%2fpasswd", "%2e%2e/luthier.db", "%00"]
+)
+def test_an_id_is_no_path(client: TestClient, path: str) -> None:
+    for answer in (client.get(f"/v1/files/{path}"), client.delete(f"/v1/files/{path}")):
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] is None
+
+
 # --- forms ----------------------------------------------------------------------------------------------------------
 
 
