@@ -16,7 +16,7 @@ import typer
 import typer.main
 
 from luthier import __version__
-from luthier.cli import data, keys, models
+from luthier.cli import data, files, jobs, keys, models
 from luthier.cli.chat import chat
 from luthier.cli.evaluate import evaluate
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
@@ -43,6 +43,8 @@ app.add_typer(models.app, name="models")
 app.command()(serve)
 app.command()(worker)
 app.add_typer(keys.app, name="keys")
+app.add_typer(files.app, name="files")
+app.add_typer(jobs.app, name="jobs")
 
 
 def _say_version(asked: bool) -> None:

@@ -10,14 +10,14 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 from luthier.cli.evaluate import load
 from luthier.cli.output import console, print_error, print_json, visible
 from luthier.spec.data import Message
-from luthier.spec.errors import LuthierError, UserError
+from luthier.spec.errors import BadSetting, LuthierError, UserError
 from luthier.spec.job import Precision
 
 if TYPE_CHECKING:
@@ -48,21 +48,51 @@ def chat(
     ] = None,
     precision: Annotated[Precision, typer.Option("--precision", help="Weights and activations.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as a JSON object on a line.")] = False,
+    server: Annotated[
+        str | None, typer.Option("--server", metavar="URL", help="Ask a server's model instead of one of this machine.")
+    ] = None,
 ) -> None:
     """Talk to a model: your run's result, a tuned model, or a base.
 
     Without --message, each line that you type (or send through stdin) is a message; /help lists what else can be
     typed.
     """
+    for words in (system or "", *(message or [])):
+        refuse_broken_text(words)
+    if server is not None:
+        if template is not None or precision != "auto":
+            raise BadSetting("--template and --precision are the server's to choose.", param="server")
+        options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        _talk(_remote(server, model, options, system, as_json), message)
+        return
     from luthier.engine.generate import Sampling
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    for words in (system or "", *(message or [])):
-        _refuse_broken_text(words)
     loaded = load(model, precision)
     from luthier.data.render import Renderer
 
-    talk = Conversation(loaded.model, Renderer.load(loaded.folder, template), sampling, system, as_json)
+    _talk(Conversation(loaded.model, Renderer.load(loaded.folder, template), sampling, system, as_json), message)
+
+
+def _remote(server: str, model: str, options: dict[str, Any], system: str | None, as_json: bool) -> Talk:
+    from luthier.cli.client import connect
+    from luthier.cli.remote import RemoteConversation
+
+    return RemoteConversation(connect(server), model, options, system, as_json)
+
+
+class Talk(Protocol):
+    """A conversation with a model, here or on a server."""
+
+    system: str | None
+
+    @property
+    def turns(self) -> list[Any]: ...
+
+    def answer(self, text: str) -> None: ...
+
+
+def _talk(talk: Talk, message: list[str] | None) -> None:
     if message:
         for text in message:
             talk.answer(text)
@@ -89,7 +119,7 @@ class Conversation:
         from luthier.engine.generate import context_of, generate
 
         prompt = self._prompt(text)
-        printed = Printed(self.renderer, _silent if self.as_json else _print)
+        printed = Printed(self.renderer, _silent if self.as_json else told)
         try:
             done = generate(
                 self.model,
@@ -112,7 +142,7 @@ class Conversation:
         from luthier.data.render import Unrenderable
 
         for words in (text, self.system or ""):
-            _refuse_broken_text(words)
+            refuse_broken_text(words)
         system = [Message("system", self.system)] if self.system else []
         try:
             return self.renderer.prompt([*system, *self.turns, Message("user", text)])
@@ -128,7 +158,7 @@ class Conversation:
             usage = {"prompt_tokens": asked, "completion_tokens": answered}
             print_json({"content": said, "finish_reason": reason, **usage})
             return
-        _print("" if said.endswith("\n") else "\n")
+        told("" if said.endswith("\n") else "\n")
         if reason == "length":
             note(f"(cut after {answered:,} tokens; --max-tokens allows more)")
         elif reason == "interrupted":
@@ -174,7 +204,7 @@ class Printed:
         self.write(text)
 
 
-def converse(talk: Conversation) -> None:
+def converse(talk: Talk) -> None:
     """Messages until there are none left. At a terminal a refused message does not end the conversation."""
     asking = sys.stdin.isatty()
     if asking:
@@ -194,7 +224,7 @@ def converse(talk: Conversation) -> None:
             _explain(error, talk)
 
 
-def _command(talk: Conversation, word: str, text: str) -> None:
+def _command(talk: Talk, word: str, text: str) -> None:
     if word == "/help":
         note(COMMANDS)
         return
@@ -206,7 +236,7 @@ def _command(talk: Conversation, word: str, text: str) -> None:
         note("The conversation starts over.")
 
 
-def _explain(error: LuthierError, talk: Conversation) -> None:
+def _explain(error: LuthierError, talk: Talk) -> None:
     print_error(error.message, error.hint)
     if talk.turns or talk.system:
         note("The message was left out. /reset starts over, /system changes the system message.")
@@ -240,7 +270,7 @@ def _lines() -> Iterator[str]:
         raise _not_text(f"byte {error.object[error.start]:#04x}") from error
 
 
-def _refuse_broken_text(text: str) -> None:
+def refuse_broken_text(text: str) -> None:
     """Half a surrogate pair, which is how Python keeps bytes of the command line that are not UTF-8."""
     try:
         text.encode()
@@ -256,7 +286,8 @@ def note(text: str) -> None:
     console(stderr=True).print(text, style="dim", markup=False, soft_wrap=True)
 
 
-def _print(text: str) -> None:
+def told(text: str) -> None:
+    """`text` on stdout, at once."""
     sys.stdout.write(visible(text))
     sys.stdout.flush()
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.cli.chart import Point, loss_chart
-from luthier.cli.output import duration, plural, print_json, short, size, visible
+from luthier.cli.output import duration, number, plural, print_json, short, size, visible
 
 if TYPE_CHECKING:
     from typing import Self
@@ -119,10 +119,6 @@ def plan_words(prepared: dict[str, Any]) -> str:
         words += f" of {plural(int(settings['batch_size']), 'row')}, {plural(int(settings['epochs']), 'epoch')}"
         words += f", learning rate {settings['learning_rate']:.2g}, seed {settings['seed']}"
     return words + "."
-
-
-def number(value: Any, form: str, missing: str = "-") -> str:
-    return format(float(value), form) if value is not None else missing
 
 
 class LiveView:

@@ -9,14 +9,16 @@ from typing import Annotated
 
 import typer
 
+from luthier.cli.client import Server, connect, segment
+from luthier.cli.keys import when
 from luthier.cli.output import console, print_json, short, size, visible, waiting
 
-app = typer.Typer(help="Base models: list them, get them, remove them.")
+app = typer.Typer(help="Base models: list them, get them, remove them. With --server: a server's models.")
 
 
 @app.callback(invoke_without_command=True)
 def models(context: typer.Context) -> None:
-    """Base models: list them, get them, remove them. Without a command: the list."""
+    """Base models: list them, get them, remove them. With --server: a server's models. Without a command: the list."""
     if context.invoked_subcommand is None:
         list_models()
 
@@ -24,8 +26,14 @@ def models(context: typer.Context) -> None:
 @app.command("list")
 def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    server: Annotated[
+        str | None, typer.Option("--server", metavar="URL", help="The models of this server instead.")
+    ] = None,
 ) -> None:
-    """Show the catalogue and every other model that is installed."""
+    """Show the catalogue and every other model that is installed, or what a server offers."""
+    if server is not None:
+        _list_served(server, as_json)
+        return
     from luthier.engine import catalogue
 
     entries = catalogue.entries()
@@ -60,6 +68,28 @@ def list_models(
     out.print(
         "Get one with `luthier models pull NAME`; any local folder or Hub id works as a name, too.", soft_wrap=True
     )
+
+
+def _list_served(server: str, as_json: bool) -> None:
+    for model in connect(server).get("/models")["data"]:
+        if as_json:
+            print_json(model)
+        else:
+            print(visible(f"{when(model['created'])}  {model['owned_by']}  {model['id']}"))
+
+
+@app.command()
+def delete(
+    name: Annotated[str, typer.Argument(help="A tuned model's name (ft:...).")],
+    server: Server = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
+) -> None:
+    """Delete a tuned model from a server."""
+    gone = connect(server).delete(f"/models/{segment(name)}")
+    if as_json:
+        print_json(gone)
+    else:
+        print(f"Deleted {visible(str(gone['id']))}.")
 
 
 @app.command()

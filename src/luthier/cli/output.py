@@ -74,6 +74,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def number(value: Any, form: str, missing: str = "-") -> str:
+    """`value` in `form`; `missing` for None."""
+    return format(float(value), form) if value is not None else missing
+
+
 def short(path: str | Path) -> str:
     """A path as one would type it here: relative when it lies below the working directory."""
     whole = Path(path).absolute()
