@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.settings import Settings
+from luthier.spec.run import RunFolder
 from luthier.store.db import Database
 from luthier.work.worker import Worker
 
@@ -21,6 +22,10 @@ def jsonl(records: Sequence[dict[str, Any]]) -> bytes:
 
 def pairs(count: int) -> list[dict[str, str]]:
     return [{"prompt": f"number {n} ->", "completion": f" {'even' if n % 2 == 0 else 'odd'}"} for n in range(count)]
+
+
+def quick(run: RunFolder) -> list[str]:
+    return [sys.executable, str(Path(__file__).with_name("quick_engine.py")), str(run.path)]
 
 
 def command(home: Path, url: str | None, base: Path, name: str) -> list[str]:

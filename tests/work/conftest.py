@@ -27,6 +27,17 @@ from tests.work.ask import jsonl
 __all__ = ["postgres_url", "sqlite_file"]  # fixtures of the store's tests
 
 
+HYPERPARAMETERS = (
+    "n_epochs",
+    "batch_size",
+    "learning_rate_multiplier",
+    "prompt_loss_weight",
+    "compute_classification_metrics",
+    "classification_positive_class",
+    "classification_betas",
+)
+
+
 @dataclass
 class Bench:
     """`settings` offer one base, `tiny`; everything lies under `database.home`."""
@@ -53,7 +64,7 @@ class Bench:
         **request: Any,
     ) -> Job:
         """A job on `records` (12 chats), with request fields and hyperparameters as keywords."""
-        names = ("n_epochs", "batch_size", "learning_rate_multiplier", "prompt_loss_weight")
+        names = HYPERPARAMETERS
         hyperparameters = {name: request.pop(name) for name in names if name in request}
         training = self.file(chats(12) if records is None else records)
         held_out = None if validation is None else self.file(validation)

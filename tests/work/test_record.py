@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from luthier.spec.errors import NotFound
 from luthier.spec.run import RunFolder
 from luthier.store.jobs import Job
 from luthier.store.leases import Lease
 from luthier.work.layout import lay_out
 from luthier.work.record import Recorder, worth_an_event
 from luthier.work.results import clean, final_name, metrics_of, result_table
-from tests.work.ask import pairs
+from tests.work.ask import jsonl, pairs
 from tests.work.conftest import Bench
 
 SETTINGS = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3}
@@ -212,3 +214,47 @@ def test_a_tracker_that_cannot_be_used_is_a_warning(
     reader.write()
     [warning] = [event.message for event in bench.events(job) if event.level == "warn"]
     assert ("AttributeError" if broken else "pip install luthier[trackers]") in warning
+
+
+def test_a_job_becomes_a_request(bench: Bench) -> None:
+    job, _, run = running(
+        bench,
+        kind="legacy",
+        validation=pairs(2),
+        learning_rate_multiplier=0.05,
+        prompt_loss_weight=0.01,
+        n_epochs=4,
+        batch_size="auto",
+    )
+    assert json.loads(run.request.read_text()) == {
+        "model": bench.settings.offered.sources["tiny"],
+        "data": [str(run.path / "data" / "training.jsonl")],
+        "validation": str(run.path / "data" / "validation.jsonl"),
+        "epochs": 4,
+        "learning_rate_multiplier": 0.5,
+        "prompt_loss_weight": 0.01,
+        "overlong": "truncate",
+        "publish_checkpoints": 3,
+        "seed": 7,
+    }
+    assert (run.path / "data" / "training.jsonl").read_bytes() == jsonl(pairs(12))
+    assert lay_out(bench.database, bench.settings.offered, job).path == run.path  # again: the same
+
+
+def test_classification_is_asked_for_with_its_switch(bench: Bench) -> None:
+    _, _, run = running(
+        bench,
+        kind="legacy",
+        validation=pairs(2),
+        compute_classification_metrics=True,
+        classification_positive_class=" even",
+        classification_betas=[0.5],
+    )
+    asked = json.loads(run.request.read_text())
+    assert (asked["classification_positive_class"], asked["classification_betas"]) == (" even", [0.5])
+
+
+def test_a_gone_parent_is_named(bench: Bench) -> None:
+    with pytest.raises(NotFound) as raised:
+        running(bench, parent="ft:tiny:acme::gone")
+    assert raised.value.param == "model"
