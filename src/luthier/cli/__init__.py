@@ -20,6 +20,7 @@ from luthier.cli import data, files, jobs, keys, models
 from luthier.cli.chat import chat
 from luthier.cli.evaluate import evaluate
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
+from luthier.cli.prepare import prepare
 from luthier.cli.serve import serve, worker
 from luthier.cli.train import train
 from luthier.spec.errors import BadData, Broken, LuthierError, UserError
@@ -38,6 +39,7 @@ app.command()(train)
 app.command()(chat)
 app.command()(evaluate)
 app.command()(data.tokenize)
+data.app.command("prepare")(prepare)
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
 app.command()(serve)
