@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from typing import cast
 
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
@@ -78,6 +79,30 @@ def routes() -> list[tuple[str, str, APIRoute]]:
     ]
 
 
+def fields() -> dict[str, Table]:
+    """Route -> its table, in the order of the routes; inference has its tables beside its own routes."""
+    beside = {"POST /v1/chat/completions": "chat", "POST /v1/completions": "completions"}
+    known = {**FIELDS, **{route: table for route, room in beside.items() if (table := _beside(room))}}
+    there = [f"{method} {path}" for method, path, _ in routes()]
+    for route in there:
+        if route.startswith("POST /v1/chat/completions/{"):
+            known[route] = {"metadata": ("supported", "Replaces what was there.")}
+    return {route: known[route] for route in there if route in known}
+
+
+def _beside(room: str) -> Table | None:
+    """The table of fields in a module of inference or in the module of its words."""
+    for name in (f"luthier.api.{room}", f"luthier.api.{room}_wire"):
+        for value in vars(importlib.import_module(name)).values() if importlib.util.find_spec(name) else ():
+            if isinstance(value, dict) and value and all(_is_line(line) for line in value.values()):
+                return cast(Table, value)
+    return None
+
+
+def _is_line(line: object) -> bool:
+    return isinstance(line, tuple) and len(line) == 2 and line[0] in STATES
+
+
 def render() -> str:
     """The whole page."""
     lines = [
@@ -103,7 +128,7 @@ def render() -> str:
         "",
         "## Fields",
     ]
-    for route, table in FIELDS.items():
+    for route, table in fields().items():
         lines += ["", f"### {route}", "", "| field | | |", "|---|---|---|"]
         lines += [f"| `{name}` | {state} | {_cell(reason)} |" for name, (state, reason) in table.items()]
     lines += ["", "## Choices", "", "Where the documentation is silent, or real clients contradict it:", ""]
