@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -56,10 +57,9 @@ def create_app(services: Services) -> FastAPI:
     app.state.metrics = Metrics(services.jobs)
     app.state.followers = Followers(services)
     for name in ROUTERS:
-        try:
-            module: Any = importlib.import_module(f"luthier.api.{name}")
-        except ModuleNotFoundError:
+        if importlib.util.find_spec(f"luthier.api.{name}") is None:
             continue
+        module: Any = importlib.import_module(f"luthier.api.{name}")
         app.include_router(module.router, prefix="/v1", dependencies=[Depends(caller)], responses=ANSWERS)
     app.include_router(health.router, responses=ANSWERS)
     app.include_router(metrics.router, responses=ANSWERS)
