@@ -94,6 +94,7 @@ class Bench:
 
     def start(self, name: str = "one", **options: Any) -> None:
         """A worker in a thread, until the test ends or `stop` is set."""
+        options.setdefault("beat", 0.2)
         thread = threading.Thread(target=self.worker(name, **options).run, args=(self.stop,), name=f"worker {name}")
         self.threads.append(thread)
         thread.start()

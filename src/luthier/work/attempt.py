@@ -27,6 +27,7 @@ from luthier.work.record import Recorder
 logger = logging.getLogger("luthier.work")
 
 POLL = 0.1  # seconds between two looks at the run
+WRITE_EVERY = 0.3  # seconds between two writes of what was seen: many steps then cost one commit
 DEATHS = 3
 TERM_SECONDS = 5.0  # from SIGTERM to SIGKILL
 LEAVE_SECONDS = 5.0  # from the last event to SIGKILL
@@ -95,6 +96,7 @@ class Attempt:
         self.run.stop_note.unlink(missing_ok=True)
         with Child(self.command, log=self.run.log, environment=self.environment) as child:
             last_word = stopping = None
+            written = 0.0
             while True:
                 code = child.poll()  # before reading: what it wrote before it ended is read
                 self.recorder.read()
@@ -103,10 +105,13 @@ class Attempt:
                     self.recorder.read()
                     self._write_all()
                     return 0, True
-                self._write()
+                self.hold.check()
                 if code is not None:
                     break
                 now = time.monotonic()
+                if now - written >= WRITE_EVERY:
+                    self._write()
+                    written = now
                 if self.recorder.terminal is not None:
                     last_word = last_word or now
                     if now - last_word > LEAVE_SECONDS:

@@ -15,7 +15,7 @@ from typing import Any
 
 from luthier.spec.bases import Bases
 from luthier.spec.errors import LuthierError, NotFound, UserError
-from luthier.spec.job import TrainRequest, make_request
+from luthier.spec.job import make_request
 from luthier.spec.run import RunFolder
 from luthier.store.db import Database
 from luthier.store.files import Files
@@ -126,7 +126,7 @@ def _request(database: Database, bases: Bases, job: Job, run: RunFolder) -> dict
         values["learning_rate_multiplier"] /= LEGACY_MULTIPLIER
     if given.get("compute_classification_metrics"):
         values |= {name: given[name] for name in CLASSIFICATION if given.get(name) is not None}
-    return {name: value for name, value in values.items() if name in TrainRequest.model_fields}
+    return values
 
 
 def resolved(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
