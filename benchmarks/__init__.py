@@ -1,0 +1,1 @@
+"""Measurements beside other tools, each one command: `python -m benchmarks.NAME`."""
