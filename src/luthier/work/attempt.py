@@ -31,7 +31,7 @@ WRITE_EVERY = 0.3  # seconds between two writes of what was seen: many steps the
 DEATHS = 3
 TERM_SECONDS = 5.0  # from SIGTERM to SIGKILL
 LEAVE_SECONDS = 5.0  # from the last event to SIGKILL
-SAVE_SECONDS = 30.0  # that a worker which is to end leaves the engine to save
+SAVE_SECONDS = 20.0  # that a worker which is to end leaves the engine to save; who ended it waits 30
 BUSY_SECONDS = 120.0  # how long an engine of a lost worker may still hold the run's lock
 LOG_BYTES = 4000
 
