@@ -245,6 +245,29 @@ api_keys = Table(
     sqlite_autoincrement=True,
 )
 
+stored_completions = Table(
+    "stored_completions",
+    metadata,
+    _number(),
+    _id(),
+    Column("model", AnyText, nullable=False),
+    Column("created_at", Seconds, nullable=False),
+    Column("request", Json, nullable=False),
+    Column("completion", Json, nullable=False),
+    Column("metadata", Json),
+    sqlite_autoincrement=True,
+)
+
+completion_tags = Table(
+    "completion_tags",
+    metadata,
+    Column(
+        "completion_id", Id, ForeignKey("stored_completions.id", ondelete="CASCADE"), primary_key=True, nullable=False
+    ),
+    Column("key", AnyText, primary_key=True),
+    Column("value", AnyText, nullable=False),
+)
+
 # A client that deletes while it walks a list names the deleted row as its cursor: the row's place outlives it.
 places = Table(
     "places",
