@@ -235,6 +235,7 @@ class Router:
         self.folders = folders
         self._command = command
         self._replicas: dict[str, _Replica] = {}
+        self._reading: set[asyncio.Task[None]] = set()
         self._failures: dict[str, tuple[int, float, LuthierError]] = {}  # base -> how often, until when, why
         self._starting = asyncio.Lock()  # first come, first served: nobody is passed over when room is short
         self._closed = True
@@ -250,6 +251,8 @@ class Router:
         replicas = list(self._replicas.values())
         self._replicas.clear()
         await asyncio.gather(*(replica.end() for replica in replicas))
+        if self._reading:  # of those that died and have not been cleared away
+            await asyncio.wait(set(self._reading))
 
     def ready(self, base: str) -> bool:
         """Whether an ask would be taken at once."""
@@ -314,6 +317,8 @@ class Router:
         process = await self._spawn(folder)
         replica = _Replica(folder, process)
         replica.reading = asyncio.create_task(replica.read())
+        self._reading.add(replica.reading)
+        replica.reading.add_done_callback(self._reading.discard)
         self._replicas[base] = replica
         try:
             self._check_open()
