@@ -1,36 +1,38 @@
-"""Chat completions that a client asked to keep: the request and the whole answer, with metadata to find them by.
+"""Stored chat completions: what was asked and what was answered, found by model and by metadata.
 
-Does not know: what the JSON of either means.
+Does not know: what an answer's fields mean; the `answer` is the object that the client got, and more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from luthier.store.db import Database, Order, Page, check_id, missing
-from luthier.store.tables import completion_tags, stored_completions
+from luthier.store.tables import completion_tags, completions
 
-WHAT = "chat completion"
+PREFIX = "chatcmpl-"
+WHAT = "stored chat completion"
 
 
 @dataclass(frozen=True, slots=True)
-class StoredCompletion:
-    """`request` as it was asked, `completion` as it was answered; `created_at` in Unix seconds."""
+class Completion:
+    """One answer with the messages that it answers."""
 
     id: str
     model: str
-    created_at: int
-    request: dict[str, Any]
-    completion: dict[str, Any]
     metadata: dict[str, str] | None
+    owner: str | None
+    created_at: int
+    answer: dict[str, Any]
+    messages: list[dict[str, Any]]
 
 
-def _made(row: Row[Any]) -> StoredCompletion:
-    return StoredCompletion(**{name: getattr(row, name) for name in StoredCompletion.__slots__})
+def _completion(row: Row[Any]) -> Completion:
+    return Completion(**{name: getattr(row, name) for name in Completion.__slots__})
 
 
 class Completions:
@@ -39,34 +41,37 @@ class Completions:
     def __init__(self, database: Database) -> None:
         self.database = database
 
-    def add(
-        self, completion: dict[str, Any], request: dict[str, Any], metadata: Mapping[str, str] | None
-    ) -> StoredCompletion:
-        """Keep `completion`, whose keys id, model and created it is found by."""
+    def save(
+        self,
+        id: str,
+        *,
+        model: str,
+        answer: Mapping[str, Any],
+        messages: Sequence[Mapping[str, Any]],
+        metadata: Mapping[str, str] | None = None,
+        owner: str | None = None,
+    ) -> Completion:
+        """Keep a completion under the id that its client got."""
+        check_id(id, PREFIX, what=WHAT)
         with self.database.transaction() as connection:
             connection.execute(
-                insert(stored_completions).values(
-                    id=completion["id"],
-                    model=completion["model"],
-                    created_at=completion["created"],
-                    request=request,
-                    completion=completion,
+                insert(completions).values(
+                    id=id,
+                    model=model,
                     metadata=None if metadata is None else dict(metadata),
+                    owner=owner,
+                    created_at=self.database.now(),
+                    answer=dict(answer),
+                    messages=[dict(message) for message in messages],
                 )
             )
-            self._tag(connection, completion["id"], metadata)
-        return self.get(completion["id"])
+            _tag(connection, id, metadata)
+            return _completion(_row(connection, id))
 
-    def get(self, completion_id: str) -> StoredCompletion:
+    def get(self, id: str) -> Completion:
         """Raises NotFound."""
-        check_id(completion_id, "chatcmpl-", what=WHAT)
         with self.database.reading() as connection:
-            row = connection.execute(
-                select(stored_completions).where(stored_completions.c.id == completion_id)
-            ).one_or_none()
-        if row is None:
-            raise missing(WHAT, completion_id)
-        return _made(row)
+            return _completion(_row(connection, id))
 
     def list(
         self,
@@ -76,14 +81,15 @@ class Completions:
         after: str | None = None,
         limit: int = 20,
         order: Order = "asc",
-    ) -> Page[StoredCompletion]:
-        """Those of `model` that have each pair of `metadata`. Raises NotFound for an `after` that never was."""
-        rows = select(stored_completions)
+    ) -> Page[Completion]:
+        """Oldest first unless `order` is desc. `metadata`: those that have each of these pairs. Raises NotFound for
+        an `after` that never was."""
+        rows = select(completions)
         if model is not None:
-            rows = rows.where(stored_completions.c.model == model)
+            rows = rows.where(completions.c.model == model)
         for key, value in (metadata or {}).items():
             has = select(completion_tags.c.completion_id).where(
-                completion_tags.c.completion_id == stored_completions.c.id,
+                completion_tags.c.completion_id == completions.c.id,
                 completion_tags.c.key == key,
                 completion_tags.c.value == value,
             )
@@ -92,44 +98,40 @@ class Completions:
             return self.database.page(
                 connection,
                 rows,
-                stored_completions.c.number,
-                _made,
-                id_column=stored_completions.c.id,
+                completions.c.number,
+                _completion,
+                id_column=completions.c.id,
                 after=after,
                 limit=limit,
                 order=order,
             )
 
-    def set_metadata(self, completion_id: str, metadata: Mapping[str, str] | None) -> StoredCompletion:
+    def update(self, id: str, metadata: Mapping[str, str] | None) -> Completion:
         """Put `metadata` in the place of what was there. Raises NotFound."""
-        self.get(completion_id)
         with self.database.transaction() as connection:
-            changed = connection.execute(
-                update(stored_completions)
-                .where(stored_completions.c.id == completion_id)
-                .values(metadata=None if metadata is None else dict(metadata))
-                .returning(stored_completions.c.id)
-            ).one_or_none()
-            if changed is None:
-                raise missing(WHAT, completion_id)
-            connection.execute(delete(completion_tags).where(completion_tags.c.completion_id == completion_id))
-            self._tag(connection, completion_id, metadata)
-        return self.get(completion_id)
+            _row(connection, id)
+            values = None if metadata is None else dict(metadata)
+            connection.execute(update(completions).where(completions.c.id == id).values(metadata=values))
+            connection.execute(delete(completion_tags).where(completion_tags.c.completion_id == id))
+            _tag(connection, id, metadata)
+            return _completion(_row(connection, id))
 
-    def delete(self, completion_id: str) -> None:
+    def delete(self, id: str) -> None:
         """Raises NotFound."""
-        self.get(completion_id)
         with self.database.transaction() as connection:
-            connection.execute(delete(completion_tags).where(completion_tags.c.completion_id == completion_id))
-            gone = connection.execute(
-                delete(stored_completions)
-                .where(stored_completions.c.id == completion_id)
-                .returning(stored_completions.c.number)
-            ).one_or_none()
-            if gone is None:
-                raise missing(WHAT, completion_id)
-            self.database.remember_place(connection, stored_completions, completion_id, gone.number)
+            row = _row(connection, id)
+            connection.execute(delete(completions).where(completions.c.id == id))
+            self.database.remember_place(connection, completions, id, row.number)
 
-    def _tag(self, connection: Connection, completion_id: str, metadata: Mapping[str, str] | None) -> None:
-        for key, value in (metadata or {}).items():
-            connection.execute(insert(completion_tags).values(completion_id=completion_id, key=key, value=value))
+
+def _row(connection: Connection, id: str) -> Row[Any]:
+    check_id(id, PREFIX, what=WHAT)
+    row = connection.execute(select(completions).where(completions.c.id == id)).one_or_none()
+    if row is None:
+        raise missing(WHAT, id)
+    return row
+
+
+def _tag(connection: Connection, id: str, metadata: Mapping[str, str] | None) -> None:
+    for key, value in (metadata or {}).items():
+        connection.execute(insert(completion_tags).values(completion_id=id, key=key, value=value))
