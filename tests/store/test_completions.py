@@ -1,62 +1,69 @@
-"""Stored chat completions, on both databases."""
+"""Stored chat completions: kept whole, found by model and metadata, walked while they are deleted."""
 
 from __future__ import annotations
 
 import pytest
 
 from luthier.spec.errors import NotFound
-from luthier.store.completions import Completion, Completions
+from luthier.store.completions import Completions
 from luthier.store.db import Database, new_id
 
-MESSAGES = [{"role": "user", "content": "hi\ud800"}]
+REQUEST = {"messages": [{"role": "user", "content": "half \ud83d, nul \x00, 词"}], "temperature": 0}
 
 
 @pytest.fixture
-def stored(database: Database) -> Completions:
+def completions(database: Database) -> Completions:
     return Completions(database)
 
 
-def save(stored: Completions, model: str = "m", **metadata: str) -> Completion:
-    name = new_id("chatcmpl-")
-    return stored.save(name, model=model, answer={"id": name, "n": 1}, messages=MESSAGES, metadata=metadata or None)
+def keep(completions: Completions, model: str = "m", metadata: dict[str, str] | None = None) -> str:
+    answer = {"id": new_id("chatcmpl-"), "model": model, "created": 7, "choices": [{"index": 0}]}
+    return completions.add(answer, REQUEST, metadata).id
 
 
-def test_kept_as_it_was(stored: Completions) -> None:
-    made = save(stored, tag="a")
-    assert stored.get(made.id) == made
-    assert (made.model, made.metadata, made.answer, made.messages) == (
-        "m",
-        {"tag": "a"},
-        {"id": made.id, "n": 1},
-        MESSAGES,
-    )
+def test_what_is_kept_comes_back_whole(completions: Completions) -> None:
+    name = keep(completions, metadata={"tag": "a\x00b"})
+    found = completions.get(name)
+    assert (found.model, found.created_at, found.request, found.metadata) == ("m", 7, REQUEST, {"tag": "a\x00b"})
+    assert found.completion == {"id": name, "model": "m", "created": 7, "choices": [{"index": 0}]}
 
 
-def test_listed_by_model_and_metadata_oldest_first(stored: Completions) -> None:
-    made = [save(stored, model, tag=tag) for model, tag in (("m", "a"), ("n", "a"), ("m", "b"), ("m", "a"))]
-    ids = [one.id for one in made]
-    assert [one.id for one in stored.list().data] == ids
-    assert [one.id for one in stored.list(order="desc").data] == ids[::-1]
-    assert [one.id for one in stored.list(model="m", metadata={"tag": "a"}).data] == [ids[0], ids[3]]
-    first = stored.list(limit=2)
-    assert (first.has_more, [one.id for one in first.data]) == (True, ids[:2])
-    stored.delete(ids[1])
-    assert [one.id for one in stored.list(after=ids[1]).data] == ids[2:]
-    with pytest.raises(NotFound):
-        stored.list(after="chatcmpl-nothing")
+def test_found_by_model_and_every_pair(completions: Completions) -> None:
+    both = keep(completions, "m", {"a": "1", "b": "2"})
+    one = keep(completions, "m", {"a": "1"})
+    other = keep(completions, "n", {"a": "1"})
+    assert [found.id for found in completions.list(metadata={"a": "1"}).data] == [both, one, other]
+    assert [found.id for found in completions.list(metadata={"a": "1"}, model="m").data] == [both, one]
+    assert [found.id for found in completions.list(metadata={"a": "1", "b": "2"}).data] == [both]
+    assert completions.list(metadata={"a": "2"}).data == ()
 
 
-def test_metadata_is_replaced_and_found_anew(stored: Completions) -> None:
-    made = save(stored, tag="a", other="x")
-    assert stored.update(made.id, {"tag": "b"}).metadata == {"tag": "b"}
-    assert stored.list(metadata={"tag": "a"}).data == ()
-    assert [one.id for one in stored.list(metadata={"tag": "b"}).data] == [made.id]
-    assert stored.update(made.id, None).metadata is None
-    assert stored.list(metadata={"tag": "b"}).data == ()
+def test_new_metadata_replaces_the_old(completions: Completions) -> None:
+    name = keep(completions, metadata={"a": "1"})
+    assert completions.set_metadata(name, {"b": "2"}).metadata == {"b": "2"}
+    assert completions.list(metadata={"a": "1"}).data == ()
+    assert completions.list(metadata={"b": "2"}).data[0].id == name
+    assert completions.set_metadata(name, None).metadata is None
 
 
-def test_what_is_not_there(stored: Completions) -> None:
-    for name in ("chatcmpl-" + "a" * 24, "../x", ""):
-        for act in (stored.get, stored.delete, lambda name: stored.update(name, {})):
-            with pytest.raises(NotFound):
-                act(name)
+def test_walked_while_deleted(completions: Completions) -> None:
+    names = [keep(completions) for _ in range(5)]
+    seen: list[str] = []
+    after = None
+    while True:
+        page = completions.list(after=after, limit=2)
+        for found in page.data:
+            seen.append(found.id)
+            completions.delete(found.id)
+        if not page.has_more:
+            break
+        after = seen[-1]
+    assert seen == names
+    assert completions.list().data == ()
+
+
+@pytest.mark.parametrize("name", ["chatcmpl-" + "x" * 24, "chatcmpl-../x", "", "file-" + "x" * 24])
+def test_what_is_not_there(completions: Completions, name: str) -> None:
+    for ask in (completions.get, completions.delete, lambda name: completions.set_metadata(name, {})):
+        with pytest.raises(NotFound):
+            ask(name)

@@ -1,38 +1,36 @@
-"""Stored chat completions: what was asked and what was answered, found by model and by metadata.
+"""Chat completions that a client asked to keep: the request and the whole answer, with metadata to find them by.
 
-Does not know: what an answer's fields mean; the `answer` is the object that the client got, and more.
+Does not know: what the JSON of either means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from luthier.store.db import Database, Order, Page, check_id, missing
-from luthier.store.tables import completion_tags, completions
+from luthier.store.tables import completion_tags, stored_completions
 
-PREFIX = "chatcmpl-"
-WHAT = "stored chat completion"
+WHAT = "chat completion"
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """One answer with the messages that it answers."""
+class StoredCompletion:
+    """`request` as it was asked, `completion` as it was answered; `created_at` in Unix seconds."""
 
     id: str
     model: str
-    metadata: dict[str, str] | None
-    owner: str | None
     created_at: int
-    answer: dict[str, Any]
-    messages: list[dict[str, Any]]
+    request: dict[str, Any]
+    completion: dict[str, Any]
+    metadata: dict[str, str] | None
 
 
-def _completion(row: Row[Any]) -> Completion:
-    return Completion(**{name: getattr(row, name) for name in Completion.__slots__})
+def _made(row: Row[Any]) -> StoredCompletion:
+    return StoredCompletion(**{name: getattr(row, name) for name in StoredCompletion.__slots__})
 
 
 class Completions:
@@ -41,37 +39,34 @@ class Completions:
     def __init__(self, database: Database) -> None:
         self.database = database
 
-    def save(
-        self,
-        id: str,
-        *,
-        model: str,
-        answer: Mapping[str, Any],
-        messages: Sequence[Mapping[str, Any]],
-        metadata: Mapping[str, str] | None = None,
-        owner: str | None = None,
-    ) -> Completion:
-        """Keep a completion under the id that its client got."""
-        check_id(id, PREFIX, what=WHAT)
+    def add(
+        self, completion: dict[str, Any], request: dict[str, Any], metadata: Mapping[str, str] | None
+    ) -> StoredCompletion:
+        """Keep `completion`, whose keys id, model and created it is found by."""
         with self.database.transaction() as connection:
             connection.execute(
-                insert(completions).values(
-                    id=id,
-                    model=model,
+                insert(stored_completions).values(
+                    id=completion["id"],
+                    model=completion["model"],
+                    created_at=completion["created"],
+                    request=request,
+                    completion=completion,
                     metadata=None if metadata is None else dict(metadata),
-                    owner=owner,
-                    created_at=self.database.now(),
-                    answer=dict(answer),
-                    messages=[dict(message) for message in messages],
                 )
             )
-            _tag(connection, id, metadata)
-            return _completion(_row(connection, id))
+            self._tag(connection, completion["id"], metadata)
+        return self.get(completion["id"])
 
-    def get(self, id: str) -> Completion:
+    def get(self, completion_id: str) -> StoredCompletion:
         """Raises NotFound."""
+        check_id(completion_id, "chatcmpl-", what=WHAT)
         with self.database.reading() as connection:
-            return _completion(_row(connection, id))
+            row = connection.execute(
+                select(stored_completions).where(stored_completions.c.id == completion_id)
+            ).one_or_none()
+        if row is None:
+            raise missing(WHAT, completion_id)
+        return _made(row)
 
     def list(
         self,
@@ -81,15 +76,14 @@ class Completions:
         after: str | None = None,
         limit: int = 20,
         order: Order = "asc",
-    ) -> Page[Completion]:
-        """Oldest first unless `order` is desc. `metadata`: those that have each of these pairs. Raises NotFound for
-        an `after` that never was."""
-        rows = select(completions)
+    ) -> Page[StoredCompletion]:
+        """Those of `model` that have each pair of `metadata`. Raises NotFound for an `after` that never was."""
+        rows = select(stored_completions)
         if model is not None:
-            rows = rows.where(completions.c.model == model)
+            rows = rows.where(stored_completions.c.model == model)
         for key, value in (metadata or {}).items():
             has = select(completion_tags.c.completion_id).where(
-                completion_tags.c.completion_id == completions.c.id,
+                completion_tags.c.completion_id == stored_completions.c.id,
                 completion_tags.c.key == key,
                 completion_tags.c.value == value,
             )
@@ -98,40 +92,44 @@ class Completions:
             return self.database.page(
                 connection,
                 rows,
-                completions.c.number,
-                _completion,
-                id_column=completions.c.id,
+                stored_completions.c.number,
+                _made,
+                id_column=stored_completions.c.id,
                 after=after,
                 limit=limit,
                 order=order,
             )
 
-    def update(self, id: str, metadata: Mapping[str, str] | None) -> Completion:
+    def set_metadata(self, completion_id: str, metadata: Mapping[str, str] | None) -> StoredCompletion:
         """Put `metadata` in the place of what was there. Raises NotFound."""
+        self.get(completion_id)
         with self.database.transaction() as connection:
-            _row(connection, id)
-            values = None if metadata is None else dict(metadata)
-            connection.execute(update(completions).where(completions.c.id == id).values(metadata=values))
-            connection.execute(delete(completion_tags).where(completion_tags.c.completion_id == id))
-            _tag(connection, id, metadata)
-            return _completion(_row(connection, id))
+            changed = connection.execute(
+                update(stored_completions)
+                .where(stored_completions.c.id == completion_id)
+                .values(metadata=None if metadata is None else dict(metadata))
+                .returning(stored_completions.c.id)
+            ).one_or_none()
+            if changed is None:
+                raise missing(WHAT, completion_id)
+            connection.execute(delete(completion_tags).where(completion_tags.c.completion_id == completion_id))
+            self._tag(connection, completion_id, metadata)
+        return self.get(completion_id)
 
-    def delete(self, id: str) -> None:
+    def delete(self, completion_id: str) -> None:
         """Raises NotFound."""
+        self.get(completion_id)
         with self.database.transaction() as connection:
-            row = _row(connection, id)
-            connection.execute(delete(completions).where(completions.c.id == id))
-            self.database.remember_place(connection, completions, id, row.number)
+            connection.execute(delete(completion_tags).where(completion_tags.c.completion_id == completion_id))
+            gone = connection.execute(
+                delete(stored_completions)
+                .where(stored_completions.c.id == completion_id)
+                .returning(stored_completions.c.number)
+            ).one_or_none()
+            if gone is None:
+                raise missing(WHAT, completion_id)
+            self.database.remember_place(connection, stored_completions, completion_id, gone.number)
 
-
-def _row(connection: Connection, id: str) -> Row[Any]:
-    check_id(id, PREFIX, what=WHAT)
-    row = connection.execute(select(completions).where(completions.c.id == id)).one_or_none()
-    if row is None:
-        raise missing(WHAT, id)
-    return row
-
-
-def _tag(connection: Connection, id: str, metadata: Mapping[str, str] | None) -> None:
-    for key, value in (metadata or {}).items():
-        connection.execute(insert(completion_tags).values(completion_id=id, key=key, value=value))
+    def _tag(self, connection: Connection, completion_id: str, metadata: Mapping[str, str] | None) -> None:
+        for key, value in (metadata or {}).items():
+            connection.execute(insert(completion_tags).values(completion_id=completion_id, key=key, value=value))

@@ -4,8 +4,7 @@ Two column types carry what strangers send. Text columns of both databases are p
 refuses a NUL, both refuse half a surrogate pair), and a file's name may hold either; so such text is escaped on the
 way in and read back exactly. JSON is kept as ASCII text: no database ever looks inside, and none can change it.
 Times are Unix seconds; `number` counts rows in the order of their creation, so that two of one second have an order.
-Does not know: what the rows mean; that is in files.py, uploads.py, jobs.py, leases.py, history.py, models.py, keys.py,
-completions.py.
+Does not know: what the rows mean; that is in files.py, uploads.py, jobs.py, leases.py, history.py, models.py, keys.py.
 """
 
 from __future__ import annotations
@@ -218,28 +217,6 @@ models = Table(
     Column("job_id", Id, index=True),
     Column("step", BigInteger),
     sqlite_autoincrement=True,
-)
-
-completions = Table(
-    "completions",
-    metadata,
-    _number(),
-    _id(),
-    Column("model", AnyText, nullable=False, index=True),
-    Column("metadata", Json),
-    Column("owner", Id),
-    Column("created_at", Seconds, nullable=False),
-    Column("answer", Json, nullable=False),
-    Column("messages", Json, nullable=False),
-    sqlite_autoincrement=True,
-)
-
-completion_tags = Table(
-    "completion_tags",
-    metadata,
-    Column("completion_id", Id, ForeignKey("completions.id", ondelete="CASCADE"), primary_key=True),
-    Column("key", AnyText, primary_key=True),
-    Column("value", AnyText, nullable=False),
 )
 
 permissions = Table(
