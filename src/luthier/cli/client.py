@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ class Client:
         self.url = url
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx2.Client(base_url=url, headers=headers, timeout=httpx2.Timeout(SILENCE, connect=10.0))
+        weakref.finalize(self, self._http.close)  # commands end in many ways, and all of them let go of it
 
     def get(self, path: str, **query: Any) -> dict[str, Any]:
         return self._json("GET", path, params={name: value for name, value in query.items() if value is not None})

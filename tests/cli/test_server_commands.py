@@ -1,0 +1,305 @@
+"""`luthier files|jobs|models --server` against a server in this process; jobs are carried out by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier import cli
+from luthier.api.services import Services
+from luthier.settings import Settings
+from luthier.store.db import Database
+from tests import tiny as tiny_models
+from tests.api import driving
+from tests.api.conftest import BASE, FakeRouter, make_services, serving
+
+
+def called(*words: str | Path) -> int:
+    with pytest.raises(SystemExit) as leaving:
+        cli.main([str(word) for word in words])
+    return int(leaving.value.code or 0)
+
+
+@pytest.fixture(autouse=True)
+def _hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.make_tokenizer(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def services(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Services]:
+    """A running server that the environment names, with a key that opens it."""
+    settings = Settings(home=tmp_path / "home", bases=BASE, hub="off")
+    database = Database(settings.home)
+    database.migrate()
+    router: Any = FakeRouter()
+    made = make_services(settings, database, router, {BASE: base_folder})
+    with serving(made) as url:
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        monkeypatch.setenv("OPENAI_API_KEY", made.keys.create("test", "user")[1])
+        yield made
+    database.close()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(driving.JSONL * 12)
+    return path
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[Any]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_goes_there_and_back(
+    services: Services, data: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    assert called("files", "upload", data) == 0
+    file_id = capsysbinary.readouterr().out.decode().strip()
+    assert services.files.get(file_id).purpose == "fine-tune"
+    assert called("files", "get", file_id) == 0
+    shown = capsysbinary.readouterr().out.decode()
+    assert file_id in shown
+    assert "train.jsonl" in shown
+    assert called("files", "content", file_id) == 0
+    assert capsysbinary.readouterr().out == data.read_bytes()
+    assert called("files", "content", file_id, "--out", tmp_path / "back.jsonl") == 0
+    assert (tmp_path / "back.jsonl").read_bytes() == data.read_bytes()
+    capsysbinary.readouterr()
+    assert called("files", "delete", file_id) == 0
+    assert capsysbinary.readouterr().out.decode() == f"Deleted {file_id}.\n"
+    assert called("files", "get", file_id) == 2
+    assert capsysbinary.readouterr().err.decode() == f"Error: No such File object: {file_id}\n"
+
+
+def test_files_are_listed(services: Services, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for purpose in ("fine-tune", "user_data", "user_data"):
+        assert called("files", "upload", data, "--purpose", purpose, "--json") == 0
+    made = [one["id"] for one in lines(capsys)]
+    assert called("files", "list", "--json") == 0
+    assert [one["id"] for one in lines(capsys)] == made[::-1]
+    assert called("files", "list", "--json", "--purpose", "user_data", "--limit", "1") == 0
+    assert [one["id"] for one in lines(capsys)] == [made[2]]
+    assert called("files", "list") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == made[::-1]
+
+
+def test_a_result_file_is_read_as_csv(services: Services, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    table = b"step,train_loss\n1,0.5\n"
+    made = services.files.create([table], filename="step_metrics.csv", purpose="fine-tune-results")
+    assert called("files", "content", made.id) == 0
+    assert capsysbinary.readouterr().out == table
+
+
+def test_a_refused_upload_says_where(services: Services, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data.write_text('{"messages": []}\nno json\n')
+    assert called("files", "upload", data) == 2
+    assert "Line 2: found" in capsys.readouterr().err
+    assert called("files", "upload", data.with_name("absent.jsonl")) == 2
+    assert "No file" in capsys.readouterr().err
+
+
+# -- which server ------------------------------------------------------------------------------------------------------
+
+
+def test_no_server_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    assert called("jobs", "list") == 2
+    assert capsys.readouterr().err.startswith("Error: No server is named.\nGive --server")
+
+
+@pytest.mark.parametrize("url", ["ftp://a.b", "http://", "http:///x"])
+def test_no_url(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("jobs", "list", "--server", url) == 2
+    assert "wanted http://HOST:PORT" in capsys.readouterr().err
+
+
+def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("jobs", "list", "--server", "127.0.0.1:1", "--json") == 75
+    told = lines(capsys)[-1]
+    assert told["code"] == "unavailable"
+    assert "http://127.0.0.1:1/v1" in told["message"]
+
+
+def test_a_wrong_key(services: Services, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+    assert called("files", "list") == 2
+    told = capsys.readouterr().err
+    assert "Set OPENAI_API_KEY" in told
+    assert "sk-wrong" not in told
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def test_models_of_a_server(
+    services: Services, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = str(cli.models.connect(None).url)
+    driving.register(services, "ft:tiny:luthier::12345678")
+    assert called("models", "list", "--server", url, "--json") == 0
+    assert {one["id"] for one in lines(capsys)} == {"tiny", "ft:tiny:luthier::12345678"}
+    assert called("models", "list", "--server", url) == 0
+    assert "ft:tiny:luthier::12345678" in capsys.readouterr().out
+    assert called("models", "delete", "ft:tiny:luthier::12345678") == 0
+    assert capsys.readouterr().out == "Deleted ft:tiny:luthier::12345678.\n"
+    assert called("models", "delete", "ft:tiny:luthier::12345678", "--json") == 2
+    assert lines(capsys)[-1]["code"] == "not_found"
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------
+
+
+def test_create_with_every_option(services: Services, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = driving.training_file(services)
+    assert called(
+        "jobs", "create", "--model", "tiny", "-t", data, "-v", known, "--suffix", "mine", "--seed", "5",
+        "--epochs", "2", "--batch-size", "4", "--learning-rate-multiplier", "0.5", "--metadata", "a=b=c",
+    ) == 0  # fmt: skip
+    told = capsys.readouterr()
+    job = services.jobs.get(told.out.strip())
+    assert job.training_file in told.err
+    assert services.files.get(job.training_file).bytes == data.stat().st_size
+    assert job.validation_file == known
+    assert (job.request["suffix"], job.request["seed"], job.request["metadata"]) == ("mine", 5, {"a": "b=c"})
+    numbers = job.request["hyperparameters"]
+    assert (numbers["n_epochs"], numbers["batch_size"], numbers["learning_rate_multiplier"]) == (2, 4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--epochs", "two"), ("--batch-size", "1.5"), ("--learning-rate-multiplier", "x"), ("--metadata", "nothing")],
+)
+def test_a_wrong_option(option: str, value: str, services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("jobs", "create", "--model", "tiny", "-t", "file-a", option, value) == 2
+    assert f"{option}: found '{value}'" in capsys.readouterr().err
+
+
+def test_the_server_refuses(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    known = driving.training_file(services)
+    assert called("jobs", "create", "--model", "nope", "-t", known, "--json") == 2
+    told = lines(capsys)[-1]
+    assert told["param"] == "model"
+    assert "`nope`" in told["message"]
+
+
+def made_job(services: Services) -> str:
+    file = driving.training_file(services)
+    return services.jobs.submit(
+        request={
+            "model": "tiny", "base": "tiny", "parent": None, "training_file": file, "validation_file": None,
+            "suffix": None, "seed": 1, "metadata": None, "method": {"type": "supervised"}, "integrations": [],
+            "hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"},
+        },
+        model="tiny", training_file=file, validation_file=None, suffix=None, seed=1, metadata=None,
+        owner=services.keys.list()[0].id, notes=[], retry_within=0,
+    )[0].id  # fmt: skip
+
+
+def test_list_get_cancel(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = made_job(services), made_job(services)
+    assert called("jobs", "list", "--json") == 0
+    assert [one["id"] for one in lines(capsys)] == [second, first]
+    assert called("jobs", "list", "--limit", "1") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [second]
+    assert called("jobs", "cancel", first) == 0
+    assert "cancelled" in capsys.readouterr().out
+    assert called("jobs", "cancel", first) == 2
+    capsys.readouterr()
+    assert called("jobs", "get", first, "--json") == 0
+    assert lines(capsys)[0]["status"] == "cancelled"
+
+
+def test_pause_and_resume(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    job = made_job(services)
+    driving.validate(services)
+    assert called("jobs", "pause", job) == 0
+    assert services.jobs.get(job).status == "paused"
+    assert called("jobs", "follow", job) == 75
+    assert f"luthier jobs resume {job}" in capsys.readouterr().out
+    assert called("jobs", "resume", job) == 0
+    assert services.jobs.get(job).status == "queued"
+
+
+def test_events_and_checkpoints(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    job = made_job(services)
+    lease = driving.start(services)
+    driving.steps(services, lease, 1, 3, 3)
+    driving.register(services, "ft:tiny:luthier::12345678:ckpt-step-2")
+    services.leases.add_checkpoint(
+        lease, step=2, model="ft:tiny:luthier::12345678:ckpt-step-2", metrics={"train_loss": 0.5}
+    )
+    assert called("jobs", "events", job) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].endswith(f"Created fine-tuning job: {job}")
+    assert sum("training loss=0.50" in line for line in told) == 3
+    assert called("jobs", "events", job, "--json", "--limit", "2") == 0
+    assert len(lines(capsys)) == 2
+    assert called("jobs", "checkpoints", job) == 0
+    assert "step      2  training loss 0.5000  validation loss -" in capsys.readouterr().out
+    assert called("jobs", "checkpoints", job, "--json") == 0
+    assert lines(capsys)[0]["step_number"] == 2
+
+
+def test_follow_to_the_end(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    job = made_job(services)
+
+    def work() -> None:
+        lease = driving.start(services)
+        driving.steps(services, lease, 1, 40, 40)
+        driving.finish(services, lease)
+
+    worker = threading.Timer(0.3, work)
+    worker.start()
+    assert called("jobs", "follow", job) == 0
+    worker.join()
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"Created fine-tuning job: {job}"
+    assert told[-1] == "Tuned model: ft:tiny:luthier::12345678"
+    shown = [line for line in told if line.startswith("step ")]
+    assert shown[0].startswith("step 1/40: loss 0.5000")
+    assert len(shown) == 21
+
+    assert called("jobs", "follow", job, "--json") == 0
+    *events, last = lines(capsys)
+    assert last["status"] == "succeeded"
+    middle = events[20]["id"]
+    assert called("jobs", "follow", job, "--json", "--after", middle) == 0
+    assert lines(capsys)[:-1] == events[21:]
+
+
+@pytest.mark.parametrize(("param", "code"), [("training_file", 2), (None, 1)])
+def test_follow_a_failure(param: str | None, code: int, services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    job = made_job(services)
+    claimed = services.leases.claim("worker", 600, "validate")
+    assert claimed is not None
+    services.leases.fail(claimed[1], code="invalid_training_file", message="Example 3 is wrong.", param=param)
+    assert called("jobs", "follow", job) == code
+    assert capsys.readouterr().err == "Error: The job failed: Example 3 is wrong.\n"
+
+
+def test_create_and_follow(services: Services, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def cancel() -> None:
+        while not (page := services.jobs.list(kind="modern").data):
+            threading.Event().wait(0.02)
+        services.jobs.request_cancel(page[0].id)
+
+    other = threading.Thread(target=cancel)
+    other.start()
+    assert called("jobs", "create", "--model", "tiny", "-t", data, "--follow") == 75
+    other.join()
+    assert capsys.readouterr().out.splitlines()[-1] == "The job was cancelled."
