@@ -106,14 +106,11 @@ class Speaker:
     def _end(self, piece: Piece, finish: End) -> None:
         """The replica has no more: what was held back comes out, halves of characters too."""
         whole = self._tokenizer.decode(self._ids)
-        if len(whole) > self._raw:
-            self._take(whole[self._raw :])
-            if self._stop(piece):
-                return
-        if self._held == self._lead:  # an answer of nothing but the lead
-            self._held = ""
+        self._take(whole[self._raw :])
         self._lead = ""
-        self._held = self._held.removesuffix(self._trail) if self._trail else self._held
+        if self._stop(piece):
+            return
+        self._held = self._held.removesuffix(self._trail)
         self.finish = piece.finish = finish
         self._release(piece, len(self._held))
         piece.tokens += self._waiting
@@ -189,17 +186,16 @@ async def _next(
     """The next in line. A task that broke is raised here: its reader would wait for ever."""
     if not line.empty():
         return line.get_nowait()
-    getting = asyncio.create_task(line.get())
+    getting = asyncio.ensure_future(line.get())
     try:
-        open_ones = [task for task in tasks if not task.done()]
-        while True:
-            await asyncio.wait({getting, *open_ones}, return_when=asyncio.FIRST_COMPLETED)
-            if getting.done():
-                return getting.result()
-            for task in open_ones:
+        while not getting.done():
+            for task in tasks:
                 if task.done():
                     task.result()
-            open_ones = [task for task in open_ones if not task.done()]
+            await asyncio.wait(
+                {getting, *(task for task in tasks if not task.done())}, return_when=asyncio.FIRST_COMPLETED
+            )
+        return getting.result()
     finally:
         getting.cancel()
 
