@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from luthier.engine import catalogue, models
 from luthier.engine.generate import context_of
+from luthier.engine.models import Precision
 from luthier.serve import compute
 from luthier.serve.lora import Adapter, Shelf
 from luthier.serve.scheduler import Scheduler
@@ -21,8 +22,8 @@ from luthier.spec.serving import Ask, Part, Token
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def load(folder: Path) -> PreTrainedModel:
-    return models.load_base(folder, "float32").eval().requires_grad_(False)
+def load(folder: Path, precision: Precision = "float32") -> PreTrainedModel:
+    return models.load_base(folder, precision).eval().requires_grad_(False)
 
 
 def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> Path:
@@ -45,13 +46,26 @@ class Bench:
     """A scheduler over the model in `base`, and what it said."""
 
     def __init__(
-        self, base: Path, *, kv_tokens: int = 4096, prefix_bytes: int = 2**24, rows: int = 16, adapters: int = 8
+        self,
+        base: Path,
+        *,
+        kv_tokens: int = 4096,
+        prefix_bytes: int = 2**24,
+        rows: int = 16,
+        adapters: int = 8,
+        precision: Precision = "float32",
     ) -> None:
-        self.model = load(base)
+        self.model = load(base, precision)
         self.compute = compute.choose(self.model, kv_tokens, prefix_bytes, 0)
         self.parts: list[Part] = []
         self.scheduler = Scheduler(self.compute, context_of(self.model), kv_tokens, rows, self.parts.append)
-        self.shelf = Shelf(self.model, lambda: catalogue.content_hash(base), self.compute.modules, adapters)
+        self.shelf = Shelf(
+            self.model,
+            self.compute.weight_of,
+            lambda: catalogue.content_hash(base),
+            self.compute.modules,
+            adapters,
+        )
 
     def adapter(self, folder: Path | None) -> Adapter | None:
         return None if folder is None else self.shelf.get(folder, None)

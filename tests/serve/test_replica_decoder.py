@@ -148,3 +148,19 @@ def test_answers_are_those_of_transformers(folders: Any) -> None:
         given: dict[str, Answer] = Bench(folders(name)).run([ask("a", PROMPT), ask("b", PROMPT[:7])])
         assert given["a"].ids == greedy(load(folders(name)), PROMPT)
         assert given["b"].ids == greedy(load(folders(name)), PROMPT[:7])
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-untied-biases", "gemma3"])
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_packed_bfloat16_weights_are_the_same_weights(
+    name: str, config: dict[str, Any], folders: Any, tmp_path: Path
+) -> None:
+    base = folders(name)
+    bench = Bench(base, precision="bfloat16")
+    whole = dict(load(base, "bfloat16").named_modules())
+    for module in bench.compute.modules:
+        assert torch.equal(bench.compute.weight_of(module), whole[module].weight)
+    adapter = make_adapter(base, tmp_path / "adapter", 1, **config)
+    wanted = in_pieces(Bench(base), PROMPT, [17, 18, 30], adapter)
+    found = in_pieces(bench, PROMPT, [17, 18, 30], adapter)
+    assert (found - wanted).norm() / wanted.norm() < 0.05

@@ -36,6 +36,7 @@ class Compute(Protocol):
     def give_back(self) -> None: ...
     def states(self, pieces: Sequence[Piece], adapters: Sequence[Adapter | None]) -> Tensor: ...
     def logits(self, states: Tensor, adapters: Sequence[Adapter | None]) -> Tensor: ...
+    def weight_of(self, module: str) -> Tensor: ...
 
 
 class Lean:
@@ -50,7 +51,7 @@ class Lean:
         self.prefixes = Prefixes(prefix_bytes)
         self.vocabulary = made.vocabulary
         self.modules = {part.name for parts in made.layout for part in parts}
-        if made.head.weight.data_ptr() == made.embedding.data_ptr():
+        if made.tied:
             self.modules.discard("lm_head")  # tied: an adapter on it would have changed the embeddings, too
         self._mix: Mix | None = None
 
@@ -95,6 +96,9 @@ class Lean:
         if mix is not None:
             mix.set_rows(_places(mix, adapters))
         return self.decoder.logits(states, mix)
+
+    def weight_of(self, module: str) -> Tensor:
+        return self.decoder.weight_of(module)
 
     def _mixed(self, adapters: Sequence[Adapter | None]) -> Mix | None:
         """A stack that holds all of `adapters`: the last one while it does and has not too many others."""
@@ -180,6 +184,10 @@ class Whole:
 
     def logits(self, states: Tensor, adapters: Sequence[Adapter | None]) -> Tensor:
         return states  # heads differ: some scale or cap what they give, so the model's own has been asked
+
+    def weight_of(self, module: str) -> Tensor:
+        weight: Tensor = self.model.get_submodule(module).weight  # type: ignore[assignment]
+        return weight.T if isinstance(self.model.get_submodule(module), Conv1D) else weight
 
 
 def choose(model: PreTrainedModel, kv_tokens: int | None, prefix_bytes: int, memory: int) -> Compute:

@@ -30,6 +30,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
+PACKED_FOR = 16  # rows that a packed weight is made for; it serves any number
+
+_pack = torch.ops.mkldnn._reorder_linear_weight
+_packed_linear = torch.ops.mkldnn._linear_pointwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +51,21 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = W x + b; `index` is its place in the layout that adapters are stacked over."""
+    """y = W x + b; `index` is its place in the layout that adapters are stacked over.
+
+    A bfloat16 weight lies as oneDNN's kernels read it. Otherwise they would rearrange it in every call, which takes
+    as long as the product of a few rows: on two cores of a Zen 4, 16.9 ms became 9.3 for all layers of the 135M model.
+    """
 
     index: int
     weight: Tensor
     bias: Tensor | None
 
     def __call__(self, x: Tensor, mix: Mix | None) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        if self.weight.is_mkldnn:
+            y = _packed_linear(x, self.weight, self.bias, "none", [], "")
+        else:
+            y = F.linear(x, self.weight, self.bias)
         return y if mix is None else mix.add(self.index, x, y, self.bias)
 
 
@@ -105,8 +116,11 @@ class Decoder:
         self.rotary = base.rotary_emb
         self.by_kind = config.model_type == "gemma3_text"
         self.layout: list[list[Part]] = []
+        self.linears: list[Linear] = []
         self.embedding = base.embed_tokens.weight
         self.dtype = self.embedding.dtype
+        self.packs = self.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        self.tied = model.get_output_embeddings().weight is base.embed_tokens.weight
         self.embed_scale: Tensor | None = None
         if self.gemma:
             self.embed_scale = torch.tensor(float(config.hidden_size) ** 0.5, dtype=self.dtype)
@@ -136,12 +150,23 @@ class Decoder:
             bias = torch.cat(
                 [torch.zeros(len(w), dtype=w.dtype) if b is None else b for w, b in zip(weights, biases, strict=True)]
             )
-        if len(weights) == 1:
-            return Linear(len(self.layout) - 1, weights[0], bias)
-        whole = torch.cat(weights)
-        for (_, module), part in zip(modules, parts, strict=True):  # the model's own copy would double the memory
-            module.weight = nn.Parameter(whole[part.start : part.end], requires_grad=False)
-        return Linear(len(self.layout) - 1, whole, bias)
+        whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+        if self.packs:
+            whole = _pack(whole, PACKED_FOR)
+        if self.packs or len(weights) > 1:  # the model's own copy would double the memory
+            for _, module in modules:
+                module.weight = nn.Parameter(torch.empty(0, dtype=self.dtype), requires_grad=False)
+        self.linears.append(Linear(len(self.linears), whole, bias))
+        return self.linears[-1]
+
+    def weight_of(self, name: str) -> Tensor:
+        """The weight [out, in] of the linear module `name`."""
+        for parts, linear in zip(self.layout, self.linears, strict=True):
+            for part in parts:
+                if part.name == name:
+                    whole = linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
+                    return whole[part.start : part.end]
+        raise KeyError(name)
 
     def _layer(self, layer: Any, name: str, kind: str) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -304,7 +329,7 @@ def kinds_of(config: Any) -> list[str]:
 
 
 def make(model: PreTrainedModel) -> Decoder | None:
-    """A lean decoder for `model`, whose fused weights it then shares; None when it would not compute the same."""
+    """A lean decoder that takes over the weights of `model`; None when it would not compute the same."""
     config: Any = model.config
     if config.model_type not in FAMILIES or activation_of(config) not in ACTIVATIONS:
         return None

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -137,9 +136,17 @@ def _pair(
 class Shelf:
     """The adapters in memory, the least recently used put away first. Those in use stay with their sequences."""
 
-    def __init__(self, model: PreTrainedModel, base_hash: Callable[[], str], known: set[str], limit: int) -> None:
-        """`known`: names of the linear modules that a batch can change."""
-        self._model, self._base_hash, self._known, self.limit = model, base_hash, known, limit
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weight_of: Callable[[str], Tensor],
+        base_hash: Callable[[], str],
+        known: set[str],
+        limit: int,
+    ) -> None:
+        """`known`: names of the linear modules that a batch can change; `weight_of` gives the weight of one."""
+        self._model, self._weight_of, self._base_hash = model, weight_of, base_hash
+        self._known, self.limit = known, limit
         self._kept: OrderedDict[tuple[object, ...], Adapter] = OrderedDict()
 
     def __len__(self) -> int:
@@ -175,11 +182,25 @@ class Shelf:
         for name in FILES:
             digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
         made, state = adapters.fitted(skeleton(self._model), folder)
-        changes = dict(_changes(made, state, self._model))
-        strange = sorted(set(changes) - self._known)
-        if strange:
-            raise BadSetting(f"The adapter {folder.name} changes {strange[0]}, which is not served.", param="model")
-        return Adapter(digest.hexdigest(), changes)
+        return Adapter(digest.hexdigest(), self._changes(made, state, folder))
+
+    def _changes(self, made: nn.Module, state: Mapping[str, Tensor], folder: Path) -> dict[str, Change]:
+        found = {}
+        for path, layer in made.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            name = path.removeprefix("base_model.model.")
+            if name not in self._known or f"{path}.lora_A.weight" not in state:
+                raise BadSetting(f"The adapter {folder.name} changes {name}, which is not served.", param="model")
+            scaling = float(layer.scaling["default"])
+            a, b = state[f"{path}.lora_A.weight"].float(), state[f"{path}.lora_B.weight"].float() * scaling
+            magnitude = state.get(f"{path}.lora_magnitude_vector")
+            if magnitude is None:
+                found[name] = Change(a, b)
+            else:
+                gain = magnitude.float() / (self._weight_of(name).float() + b @ a).norm(dim=1)
+                found[name] = Change(a, b * gain[:, None], gain)
+        return found
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
@@ -187,24 +208,3 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         made: PreTrainedModel = AutoModelForCausalLM.from_config(model.config)
     return made
-
-
-def _changes(made: nn.Module, state: Mapping[str, Tensor], model: PreTrainedModel) -> Sequence[tuple[str, Change]]:
-    weights = dict(model.named_modules())
-    found = []
-    for path, layer in made.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        name = path.removeprefix("base_model.model.")
-        if f"{path}.lora_A.weight" not in state:
-            raise BadSetting(f"The adapter changes {name}, which is no linear layer.", param="model")
-        scaling = float(layer.scaling["default"])
-        a, b = state[f"{path}.lora_A.weight"].float(), state[f"{path}.lora_B.weight"].float() * scaling
-        magnitude = state.get(f"{path}.lora_magnitude_vector")
-        if magnitude is None:
-            found.append((name, Change(a, b)))
-            continue
-        linear: Any = weights[name]
-        gain = magnitude.float() / (linear.weight.float() + b @ a).norm(dim=1)
-        found.append((name, Change(a, b * gain[:, None], gain)))
-    return found

@@ -195,7 +195,7 @@ def _load(options: argparse.Namespace, out: Out) -> tuple[Scheduler, Shelf, Gram
     kv_tokens = options.kv_tokens or way.budget
     scheduler = Scheduler(way, context, kv_tokens, options.rows, out.part)
     base_hash = functools.cache(lambda: catalogue.content_hash(options.base))
-    shelf = Shelf(model, base_hash, way.modules, options.adapters)
+    shelf = Shelf(model, way.weight_of, base_hash, way.modules, options.adapters)
     grammars = Grammars(options.base / "tokenizer.json", way.vocabulary)
     ready = {
         "ready": True,
