@@ -92,7 +92,7 @@ def test_endings_that_are_taken_are_left_alone() -> None:
 
 
 def test_a_shared_last_letter_is_an_ending() -> None:
-    pairs = [(f"{word} ->", f" quite {word}A") for word in DIFFERENT]
+    pairs = [(f"{word} ->", f" {word} long {word}A") for word in DIFFERENT]
     table = Table(["prompt", "completion"], [list(pair) for pair in pairs], None)
     prepared = examine(table)
     assert prepared.completion_ending == "A"
