@@ -104,7 +104,7 @@ def base_folder() -> str:
 def server(base: str) -> Iterator[OpenAI]:
     """A server of the demo's own on a free port, and a client of it. Ends with the block."""
     home = {"LUTHIER_HOME": str(ROOT / HOME)}
-    key = output_of("keys", "create", "demo", "--role", "admin", **home).strip()
+    key = json.loads(output_of("keys", "create", "demo", "--json", **home))["key"]
     arguments = ["serve", "--port", "0", "--base", f"{MODEL}={base}"]
     say(f"$ luthier {' '.join(arguments)}")
     with open(ROOT / LOG, "w", encoding="utf-8") as log:
