@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from luthier.serve.lora import Mix, Part
+from luthier.serve.lora import Mix, Part, pack
 from luthier.serve.memory import Shape, Slots
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"})
@@ -30,9 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
-PACKED_FOR = 16  # rows that a packed weight is made for; it serves any number
 
-_pack = torch.ops.mkldnn._reorder_linear_weight
 _packed_linear = torch.ops.mkldnn._linear_pointwise
 
 
@@ -152,7 +150,7 @@ class Decoder:
             )
         whole = torch.cat(weights) if len(weights) > 1 else weights[0]
         if self.packs:
-            whole = _pack(whole, PACKED_FOR)
+            whole = pack(whole)
         if self.packs or len(weights) > 1:  # the model's own copy would double the memory
             for _, module in modules:
                 module.weight = nn.Parameter(torch.empty(0, dtype=self.dtype), requires_grad=False)

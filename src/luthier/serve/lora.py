@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,6 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from luthier.engine import adapters
 from luthier.engine.sources import refuse_unsafe
 from luthier.spec.errors import BadSetting, NotFound
+
+PACKED_FOR = 16  # rows that a packed weight is made for; it serves any number
+_packed_linear = torch.ops.mkldnn._linear_pointwise
+_packed_sum = torch.ops.mkldnn._linear_pointwise.binary
 
 FILES = (adapters.CONFIG, adapters.WEIGHTS, adapters.NOTE)
 
@@ -56,7 +61,7 @@ class Pair:
     """The changes of all active adapters to one fused layer. `owners` says whose each hidden unit is."""
 
     a: Tensor  # [ranks, in]
-    b: Tensor  # [ranks, out]
+    b: Tensor  # [out, ranks]
     owners: Tensor  # int [ranks]
     gain: Tensor | None  # [1 + adapters, out]; row 0: the base
 
@@ -82,7 +87,8 @@ class Mix:
         pair = self.pairs[index]
         if pair is None:
             return y
-        hidden = x @ pair.a.T
+        packed = pair.a.is_mkldnn
+        hidden = _packed_linear(x, pair.a, None, "none", [], "") if packed else F.linear(x, pair.a)
         if self.mixed:
             # Filled, not multiplied: another row's adapter may overflow, and 0 times infinity is NaN.
             key = id(pair.owners)
@@ -92,17 +98,27 @@ class Mix:
         if pair.gain is not None:
             gain = pair.gain[self.who.long()]
             y = y * gain if bias is None else (y - bias) * gain + bias
-        return y.addmm_(hidden, pair.b)
+        return _packed_sum(hidden, y, pair.b, None, "add") if packed else y.addmm_(hidden, pair.b.T)
 
 
-def stack(active: Sequence[Adapter], layout: Sequence[Sequence[Part]], dtype: torch.dtype) -> Mix:
-    """The adapters `active` over linear layers whose outputs `layout` names."""
+def stack(active: Sequence[Adapter], layout: Sequence[Sequence[Part]], dtype: torch.dtype, packs: bool) -> Mix:
+    """The adapters `active` over linear layers whose outputs `layout` names. `packs`: as oneDNN's kernels read them."""
     seen: dict[tuple[int, ...], Tensor] = {}
-    return Mix(list(active), [_pair(active, parts, dtype, seen) for parts in layout])
+    return Mix(list(active), [_pair(active, parts, dtype, packs, seen) for parts in layout])
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A bfloat16 weight [out, in] as oneDNN's kernels read it."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
+    return packed
 
 
 def _pair(
-    active: Sequence[Adapter], parts: Sequence[Part], dtype: torch.dtype, seen: dict[tuple[int, ...], Tensor]
+    active: Sequence[Adapter],
+    parts: Sequence[Part],
+    dtype: torch.dtype,
+    packs: bool,
+    seen: dict[tuple[int, ...], Tensor],
 ) -> Pair | None:
     rows: list[Tensor] = []
     columns: list[Tensor] = []
@@ -115,8 +131,8 @@ def _pair(
             if change is None:
                 continue
             rows.append(change.a)
-            column = torch.zeros(change.b.shape[1], width)
-            column[:, part.start : part.end] = change.b.T
+            column = torch.zeros(width, change.b.shape[1])
+            column[part.start : part.end] = change.b
             columns.append(column)
             owners += [place] * len(change.a)
             if change.gain is not None:
@@ -125,9 +141,10 @@ def _pair(
     if not rows:
         return None
     owner = seen.setdefault(tuple(owners), torch.tensor(owners, dtype=torch.int32))
+    a, b = torch.cat(rows).to(dtype), torch.cat(columns, dim=1).to(dtype)
     return Pair(
-        torch.cat(rows).to(dtype),
-        torch.cat(columns).to(dtype),
+        pack(a) if packs else a,
+        pack(b) if packs else b,
         owner,
         None if gain is None else gain.to(dtype),
     )
