@@ -1,293 +1,200 @@
-"""The words of /chat/completions: its request, and what a request becomes before a model is asked.
+"""The words of /chat/completions: what a client may ask, field by field, and what its messages come to.
 
-Tools reach the model through its template. A template that would leave them out gets them spelled into the system
-turn instead, in the form that our own chatml template uses, so that the answer is parsed the same way.
-Does not know: HTTP, replicas.
+Does not know: models, tokens, how an answer is made.
 """
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
+from luthier.api import inference
 from luthier.api.errors import ApiError
-from luthier.api.jobs_wire import Metadata
-from luthier.data.messages import Findings, read_messages, read_tools
-from luthier.data.render import Renderer, Unrenderable
+from luthier.api.inference import Kept, Sampling, refuse
+from luthier.api.tools import Toolbox, toolbox
+from luthier.data.messages import Findings, read_messages
 from luthier.spec.data import Message
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-TIGHT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+MOST_ALTERNATIVES = 20
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
-TABLE: dict[str, tuple[str, str]] = {
-    "messages": ("supported", "Text of every role, text parts, tool calls and results. Images, audio, files: 400."),
-    "model": ("supported", "A base, an alias, a tuned model or a checkpoint."),
-    "stream": ("supported", "Comments keep an idle stream open."),
-    "stream_options": ("supported", "include_usage. include_obfuscation changes nothing."),
-    "n": ("supported", "1 to 128; the prompt is computed and counted once."),
-    "temperature": ("supported", "0 to 2; 0 is greedy and repeats."),
-    "top_p": ("supported", "0 to 1."),
-    "seed": ("supported", "The same seed gives the same answer, whatever else is asked meanwhile."),
-    "max_tokens": ("supported", "The older word for max_completion_tokens; two different values: 400."),
-    "max_completion_tokens": ("supported", "Default: the rest of the model's context."),
-    "stop": ("supported", "A string or up to 4; found over token borders, never sent."),
-    "presence_penalty": ("supported", "-2 to 2."),
-    "frequency_penalty": ("supported", "-2 to 2."),
-    "logit_bias": ("supported", "Token id to -100 .. 100, ids of this model's tokenizer."),
+FIELDS: dict[str, tuple[str, str]] = {
+    **inference.SAMPLING_FIELDS,
+    "messages": (
+        "supported",
+        "Text or text parts; images, sound and files are refused by name, and what the model's template cannot say.",
+    ),
+    "max_completion_tokens": ("supported", "Default and upper bound: the rest of the context."),
+    "max_tokens": ("supported", "The older name; another value beside max_completion_tokens is refused."),
     "logprobs": ("supported", "Of the model itself, before temperature, penalties and grammar."),
     "top_logprobs": ("supported", "0 to 20, with logprobs."),
-    "response_format": ("supported", "text, json_object, json_schema; kept to by a grammar, token by token."),
-    "tools": ("supported", "Functions. Custom tools: 400."),
-    "tool_choice": ("supported", "none, auto, required, one function, allowed_tools."),
-    "parallel_tool_calls": ("supported", "false keeps the first call; a forced call is always one."),
-    "functions": ("supported", "The older word for tools."),
-    "function_call": ("supported", "The older word for tool_choice."),
-    "store": ("supported", "Keeps request and answer; see the stored completions."),
-    "metadata": ("supported", "16 pairs; kept with a stored completion."),
-    "user": ("ignored", "Kept with a stored completion."),
-    "safety_identifier": ("ignored", "There is no abuse monitoring on your own machine."),
-    "prompt_cache_key": ("ignored", "The prefix cache goes by content."),
-    "prompt_cache_retention": ("ignored", "The prefix cache goes by content."),
-    "prompt_cache_options": ("ignored", "The prefix cache goes by content."),
-    "service_tier": ("ignored", "There is one tier."),
-    "reasoning_effort": ("ignored", "The bases here do not reason apart."),
-    "verbosity": ("ignored", "Say it in the prompt."),
-    "moderation": ("ignored", "There is none."),
-    "modalities": ("refused", 'Only text; ["text"] passes.'),
-    "audio": ("refused", "Text only."),
-    "prediction": ("refused", "Not offered."),
-    "web_search_options": ("refused", "The server reaches no web."),
+    "response_format": ("supported", "text, json_object, json_schema: the answer is held to it by a grammar."),
+    "tools": (
+        "supported",
+        "Functions; `custom` is refused. A template without a place for tools gets them as words of the system turn.",
+    ),
+    "tool_choice": ("supported", "none, auto, required, a function, allowed_tools; what must come comes by a grammar."),
+    "parallel_tool_calls": ("supported", "false: at most one call. At most 8 are forced."),
+    "functions": ("supported", "The older name of tools; answered with function_call."),
+    "function_call": ("supported", "none, auto, or a name."),
+    "store": ("supported", ""),
+    "metadata": ("supported", "16 pairs. Kept with stored completions."),
+    "modalities": ("supported", "`text` only; sound is refused."),
+    "safety_identifier": ("ignored", "Keys tell users apart."),
+    "prompt_cache_key": ("ignored", "Prefixes are found by their content."),
+    "prompt_cache_options": ("ignored", "Prefixes are found by their content."),
+    "prompt_cache_retention": ("ignored", "Prefixes are kept while there is memory."),
+    "service_tier": ("ignored", "There is one tier; answers say `default`."),
+    "reasoning_effort": ("ignored", "The models have no such dial."),
+    "verbosity": ("ignored", "The models have no such dial; say it in a message."),
+    "audio": ("refused", "the models of this server write text only."),
+    "prediction": ("refused", "predicted outputs are not offered."),
+    "web_search_options": ("refused", "this server does not search the web."),
+    "moderation": ("refused", "this server does not moderate."),
+    "any other": ("ignored", "Clients may know more than this server."),
 }
-_REFUSED = ("audio", "prediction", "web_search_options")
 
 
-def _stops(value: Any) -> Any:
-    """A string, or up to 4; none of them empty."""
-    if value is None:
-        return []
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(one, str) and one for one in stops):
-        raise ValueError("wanted a string or up to 4 strings, none of them empty")
-    return stops
-
-
-Stops = Annotated[list[str], BeforeValidator(_stops), Field(default_factory=list)]
-Bias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-
-
-class StreamOptions(BaseModel):
-    include_usage: bool | None = None
-
-
-class JsonSchema(BaseModel):
-    name: Annotated[str, Field(min_length=1, max_length=64)]
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(BaseModel):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-
-class ChatRequest(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    model: Annotated[str, Field(min_length=1, max_length=256)]
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Seed | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+class ChatRequest(Sampling, Kept):
+    messages: Annotated[list[Any], Field(min_length=1, max_length=100_000)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Stops
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    logit_bias: Bias | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    response_format: Any = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
-    function_call: str | dict[str, Any] | None = None
-    store: bool | None = None
-    metadata: Metadata | None = None
-    user: str | None = None
+    functions: Annotated[list[Any], Field(min_length=1)] | None = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    reasoning_effort: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: str | None = None
+    verbosity: str | None = None
+    audio: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+    moderation: Any = None
 
-
-def refuse(asked: ChatRequest) -> None:
-    """What cannot be honoured. Raises ApiError 400 naming it."""
-    given = asked.model_extra or {}
-    for name in _REFUSED:
-        if given.get(name) is not None:
-            raise ApiError(400, f"{name}: {TABLE[name][1]}", param=name)
-    if given.get("modalities") not in (None, ["text"]):
-        raise ApiError(400, f'modalities: found {given["modalities"]!r:.80}, wanted ["text"].', param="modalities")
-    if asked.top_logprobs is not None and not asked.logprobs:
-        raise ApiError(400, "top_logprobs: wants logprobs true beside it.", param="top_logprobs")
-    if None not in (asked.max_tokens, asked.max_completion_tokens) and asked.max_tokens != asked.max_completion_tokens:
-        raise ApiError(400, "max_tokens and max_completion_tokens differ; give one.", param="max_tokens")
-
-
-def read_turns(asked: ChatRequest) -> list[Message]:
-    """The messages, by the rules of training files. Raises ApiError 400 naming the first wrong field."""
-    findings = Findings("", 0, 0)
-    turns = [{key: value for key, value in turn.items() if _said(key, value)} for turn in asked.messages]
-    messages = read_messages(turns, "messages", findings)
-    _raise(findings)
-    return messages
-
-
-def _said(key: str, value: Any) -> bool:
-    """Whether a key says something: answers given back to us carry empty ones."""
-    return key == "content" or not (value is None or (key in ("annotations", "audio", "parsed") and not value))
-
-
-def _raise(findings: Findings) -> None:
-    for problem in findings.problems:
-        if problem.severity == "error":
-            message = f"{problem.field}: found {problem.found}, wanted {problem.wanted}. {problem.hint}".rstrip()
-            raise ApiError(400, message, param=problem.field)
-
-
-class Kit:
-    """The tools of one request: those on offer, and the one that must be called, if any."""
-
-    def __init__(self, asked: ChatRequest) -> None:
-        self.legacy = asked.functions is not None and asked.tools is None
-        field = "functions" if self.legacy else "tools"
-        findings = Findings("", 0, 0)
-        given = asked.functions if self.legacy else asked.tools
-        self.tools = read_tools(given, field, findings, bare=self.legacy)
-        _raise(findings)
-        choice = asked.function_call if self.legacy else asked.tool_choice
-        self.param = "function_call" if self.legacy else "tool_choice"
-        self.forced: list[dict[str, Any]] = []
-        self._choose(choice)
-
-    def _choose(self, choice: Any) -> None:
-        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-            allowed = choice.get("allowed_tools")
-            if not isinstance(allowed, dict) or not isinstance(allowed.get("tools"), list):
-                raise ApiError(400, "tool_choice: wanted allowed_tools with mode and tools.", param=self.param)
-            self.tools = tuple(self._named(_function_name(one)) for one in allowed["tools"])
-            choice = allowed.get("mode", "auto")
-        if isinstance(choice, dict):
-            self.forced = [self._named(choice.get("name") if self.legacy else _function_name(choice))]
-        elif choice == "required" and not self.legacy:
-            if not self.tools:
-                raise ApiError(400, "tool_choice required: there are no tools.", param=self.param)
-            self.forced = list(self.tools)
-        elif choice == "none":
-            self.tools = ()
-        elif choice not in (None, "auto"):
+    def check(self) -> None:
+        """What the fields cannot say each for itself. Raises ApiError 400."""
+        refuse(self.model_dump(include={"audio", "prediction", "web_search_options", "moderation"}), FIELDS)
+        self.check_stream()
+        if self.modalities and set(self.modalities) != {"text"}:
+            raise ApiError(400, "modalities: the models of this server write text only.", param="modalities")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ApiError(
-                400, f"{self.param}: found {choice!r:.80}, wanted none, auto, required or a function.", param=self.param
+                400,
+                "max_completion_tokens: found another value than in 'max_tokens', its older name. Give one.",
+                param="max_completion_tokens",
             )
 
-    def _named(self, name: Any) -> dict[str, Any]:
-        for tool in self.tools:
-            if tool["function"]["name"] == name:
-                return tool
-        raise ApiError(400, f"{self.param}: no tool has the name {str(name)[:80]!r}.", param=self.param)
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def grammar(self) -> dict[str, Any] | None:
-        """One call of a forced tool, as the template writes it."""
-        if not self.forced:
-            return None
-        calls = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": tool["function"]["name"]},
-                    "arguments": tool["function"].get("parameters") or {"type": "object"},
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for tool in self.forced
-        ]
-        definitions: dict[str, Any] = {}
-        for call in calls:  # references of a schema point at its root, which is ours now
-            for key in ("$defs", "definitions"):
-                definitions.setdefault(key, {}).update(call["properties"]["arguments"].get(key) or {})
-        schema = {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), **{k: v for k, v in definitions.items() if v}}
-        text = json.dumps({**schema, **TIGHT})
-        return {"lark": f'start: "{OPEN}" call "{CLOSE}"\ncall: %json {text}\n'}
+    @property
+    def alternatives(self) -> int | None:
+        """Log-probabilities to report beside each token's own; None: none at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
-
-def _function_name(choice: Any) -> Any:
-    function = choice.get("function") if isinstance(choice, dict) else None
-    return function.get("name") if isinstance(function, dict) else None
-
-
-def format_grammar(asked: ChatRequest) -> dict[str, Any] | None:
-    """The grammar of `response_format`. Raises ApiError 400."""
-    form = asked.response_format
-    if form is None or form.type == "text":
-        return None
-    if form.type == "json_object":
-        return {"json_schema": {"type": "object", **TIGHT}}
-    if form.json_schema is None:
-        raise ApiError(400, "response_format.json_schema: wanted name and schema.", param="response_format")
-    return {"json_schema": {**(form.json_schema.schema_ or {"type": "object"}), **TIGHT}}
-
-
-def prompt(renderer: Renderer, messages: list[Message], kit: Kit) -> list[int]:
-    """The ids that training would have put before the answer. Raises ApiError 400 when the template refuses."""
-    try:
-        return renderer.prompt(messages, kit.tools)
-    except Unrenderable as error:
-        if not kit.tools and not any(turn.tool_calls for turn in messages):
-            raise _refused(error) from error
-    try:
-        return renderer.prompt(_spelled(messages, kit), ())
-    except Unrenderable as error:
-        raise _refused(error) from error
-
-
-def _refused(error: Unrenderable) -> ApiError:
-    return ApiError(400, f"The model's chat template cannot write these messages: {error}", param="messages")
-
-
-def _spelled(messages: list[Message], kit: Kit) -> list[Message]:
-    """The same conversation with tools and calls as text."""
-    turns = [
-        Message(
-            turn.role,
-            "\n".join(
-                [
-                    *([turn.content] if turn.content else []),
-                    *(
-                        OPEN + json.dumps({"name": c.name, "arguments": c.arguments}, ensure_ascii=False) + CLOSE
-                        for c in turn.tool_calls
-                    ),
-                ]
-            ),
-            turn.name,
-            (),
-            turn.tool_call_id,
+    def toolbox(self) -> Toolbox:
+        """Raises ApiError 400."""
+        return toolbox(
+            self.tools or None, self.tool_choice, self.parallel_tool_calls, self.functions, self.function_call
         )
-        for turn in messages
-    ]
-    if not kit.tools:
+
+    def form(self) -> dict[str, Any] | None:
+        """The JSON Schema that the answer must follow. Raises ApiError 400."""
+        asked = self.response_format
+        if asked is None:
+            return None
+        kind = asked.get("type") if isinstance(asked, dict) else None
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return {"type": "object"}
+        if kind != "json_schema":
+            raise ApiError(
+                400, "response_format.type: wanted text, json_object or json_schema.", param="response_format.type"
+            )
+        holder = asked.get("json_schema")
+        name = holder.get("name") if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or not isinstance(name, str) or not name:
+            at = "response_format.json_schema" + (".name" if isinstance(holder, dict) else "")
+            raise ApiError(400, f"Missing required parameter: '{at}'.", param=at, code="missing_required_parameter")
+        schema = holder.get("schema")
+        if schema is not None and not isinstance(schema, dict):
+            at = "response_format.json_schema.schema"
+            raise ApiError(400, f"{at}: wanted a JSON Schema, an object.", param=at)
+        return schema or {"type": "object"}
+
+    def turns(self) -> list[Message]:
+        """The messages by the rules that training files are held to. Raises ApiError 400 naming the field."""
+        findings = Findings("", 0, 0)
+        turns = read_messages([_plain(one, n) for n, one in enumerate(self.messages)], "messages", findings)
+        for problem in findings.problems:
+            if problem.severity == "error":
+                hint = f" {problem.hint}" if problem.hint and "trains" not in problem.hint else ""
+                raise ApiError(
+                    400, f"{problem.field}: found {problem.found}, wanted {problem.wanted}.{hint}", param=problem.field
+                )
         return turns
-    offer = "\n".join(
-        [
-            'You can call these functions. Answer with one <tool_call>{"name": ..., "arguments": {...}}</tool_call> '
-            "for each call.",
-            *(json.dumps(tool, ensure_ascii=False) for tool in kit.tools),
-        ]
-    )
-    if turns[0].role in ("system", "developer"):
-        return [Message("system", f"{turns[0].content}\n\n{offer}"), *turns[1:]]
-    return [Message("system", offer), *turns]
+
+
+_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
+
+
+def _plain(message: Any, number: int) -> Any:
+    """A message without keys that say nothing here. Raises ApiError 400 for a part that is no text."""
+    if not isinstance(message, dict):
+        return message
+    plain = {key: value for key, value in message.items() if key in _KEYS and value is not None}
+    if "content" in message:
+        plain.setdefault("content", None)
+    if not plain.get("name", "-"):
+        del plain["name"]
+    content = plain.get("content")
+    if isinstance(content, list):
+        plain["content"] = [_part(part, f"messages[{number}].content[{n}]") for n, part in enumerate(content)]
+    if isinstance(plain.get("refusal"), str) and content:
+        del plain["refusal"]
+    calls = plain.get("tool_calls")
+    if isinstance(calls, list):
+        if calls:
+            plain["tool_calls"] = [_call(call) for call in calls]
+        else:
+            del plain["tool_calls"]
+    if isinstance(plain.get("function_call"), dict):
+        plain["function_call"] = _function(plain["function_call"])
+    return plain
+
+
+def _part(part: Any, at: str) -> Any:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "refusal" and isinstance(part.get("refusal"), str):
+        return {"type": "text", "text": part["refusal"]}
+    if kind == "text":
+        return {"type": "text", "text": part.get("text")}
+    if isinstance(kind, str):
+        raise ApiError(
+            400, f"{at}.type: found {ascii(kind)[:60]}; the models of this server read text only.", param=f"{at}.type"
+        )
+    return part
+
+
+def _call(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    plain = {key: call[key] for key in ("id", "type", "function") if call.get(key) is not None}
+    plain["function"] = _function(plain.get("function"))
+    return plain
+
+
+def _function(value: Any) -> Any:
+    return {key: value[key] for key in ("name", "arguments") if key in value} if isinstance(value, dict) else value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -144,7 +144,7 @@ class Speaker:
 
 async def speak(
     router: Router, base: str, asks: Sequence[Ask], speakers: Sequence[Speaker]
-) -> AsyncIterator[tuple[int, Piece]]:
+) -> AsyncGenerator[tuple[int, Piece], None]:
     """(which, piece) of all asks at once, each until its end. Raises ApiError when one cannot be answered; then, and
     when this iterator is closed early, the others are cancelled."""
     line: asyncio.Queue[tuple[int, Piece] | ApiError | None] = asyncio.Queue(WAITING)

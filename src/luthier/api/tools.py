@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from luthier.api.errors import ApiError
@@ -20,6 +20,7 @@ from luthier.data.answer import parse_answer
 from luthier.data.messages import Findings, read_tools
 from luthier.data.render import Renderer, Unrenderable
 from luthier.spec.data import Message
+from luthier.store.db import new_id
 
 OPENING = "<tool_call>"
 MOST_TOOLS = 128
@@ -209,11 +210,17 @@ def grammar(box: Toolbox, schema: dict[str, Any] | None, lead: str) -> dict[str,
         for number, name in enumerate(box.names):
             opening = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
             lines.append(f'call_{number}: "{OPENING}" /\\n?/ {opening} arguments_{number} "}}" /\\n?/ "</tool_call>"')
-            parameters = functions[name].get("parameters") or {}
-            shape = {"type": "object", **parameters}
-            lines.append(f"arguments_{number}: %json {json.dumps(spaced(shape))}")
+            lines.append(f"arguments_{number}: %json {json.dumps(spaced(_arguments(functions[name])))}")
     before = f"{json.dumps(lead)} " if lead else ""
     return {"lark": "\n".join([f"start: {before}answer", f"answer: {' | '.join(ways)}", *lines]) + "\n"}
+
+
+def _arguments(function: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments: an object of what is described, and of nothing else unless it says so."""
+    parameters = function.get("parameters") or {}
+    if parameters.keys() & {"$ref", "anyOf", "oneOf", "allOf", "patternProperties", "additionalProperties"}:
+        return {"type": "object", **parameters}
+    return {"type": "object", "properties": {}, **parameters, "additionalProperties": False}
 
 
 def spaced(schema: dict[str, Any]) -> dict[str, Any]:
@@ -230,6 +237,7 @@ class Call:
 
     name: str
     arguments: str
+    id: str = field(default_factory=lambda: new_id("call_"))
 
 
 class Listener:
