@@ -237,7 +237,7 @@ class Talk:
         if not self.asked.store:
             return
         request = self.asked.model_dump(mode="json", exclude_none=True)
-        request["request_id"] = self.request_id
+        request |= {"request_id": self.request_id, "service_tier": "default"}
         await anyio.to_thread.run_sync(self.services.completions.add, self._completion(), request, self.asked.metadata)
 
     def _named(self, error: ApiError) -> ApiError:
