@@ -87,4 +87,28 @@ sends its ordinary one. Organisation and project headers are accepted and not lo
 `model`.
 
 **Deleted fine-tunes.** `DELETE /fine-tunes/{id}` forgets one that is over. Its model and files stay.
+
+**Tools in prompts.** Tools and calls are written by the model's own template. One that has no place for them gets
+them in words: tools at the end of the system turn and calls in assistant turns, as our own `chatml` template writes
+them; results as user turns between `<tool_response>` tags, if the template knows no tool turns. A call in an answer is
+`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`; text that only looks like one, or that names a function
+that was not offered, stays content. In a stream the content comes as it is made and the calls when the answer is whole.
+
+**Forced answers.** `tool_choice` required, or by name, and `response_format` bind the answer by a grammar. White space
+in that JSON is bounded, and at most 8 calls follow each other. An answer that `max_tokens` cuts ends with `length`,
+its last call with the arguments so far.
+
+**`max_tokens`.** An upper bound: more than the context has room for is the rest of the context. A prompt that leaves
+no room is refused with `context_length_exceeded`.
+
+**Stop strings.** The tokens that completed one are counted as generated, those after it are not computed.
+
+**Choices of one request.** With `seed`, choice 0 is the answer that `n: 1` would have given; the others have seeds of
+their own that follow from it.
+
+**Errors of streams.** What fails before the first chunk has its HTTP status; later it is a last event with `error`,
+without `[DONE]`. Silence is filled with a comment every 15 seconds.
+
+**Models that come and go.** A model deleted during an answer finishes it. While a base is being loaded its requests
+wait; a base that cannot be loaded is 503. `best_of` ranks by the mean log-probability of a token.
 """
