@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.settings import bound_kernel_caches
+from luthier.settings import bound_kernel_caches, sleep_between_kernels
 from luthier.spec.errors import Broken, LuthierError, UserError
 from luthier.spec.serving import Ask, Part
 
@@ -150,7 +150,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     out = Out()
-    bound_kernel_caches()  # before torch is imported
+    bound_kernel_caches()  # these two before torch is imported
+    sleep_between_kernels()
     inbox: queue.SimpleQueue[Work] = queue.SimpleQueue()
     reader = Reader(inbox, out)
     threading.Thread(target=reader.read, daemon=True).start()
