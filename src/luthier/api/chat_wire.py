@@ -35,7 +35,7 @@ FIELDS: dict[str, tuple[str, str]] = {
         "Functions; `custom` is refused. A template without a place for tools gets them as words of the system turn.",
     ),
     "tool_choice": ("supported", "none, auto, required, a function, allowed_tools; what must come comes by a grammar."),
-    "parallel_tool_calls": ("supported", "false: at most one call. At most 8 are forced."),
+    "parallel_tool_calls": ("supported", "false: at most one call. At most 4 are forced."),
     "functions": ("supported", "The older name of tools; answered with function_call."),
     "function_call": ("supported", "none, auto, or a name."),
     "store": ("supported", ""),

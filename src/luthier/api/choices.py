@@ -95,7 +95,7 @@ them; results as user turns between `<tool_response>` tags, if the template know
 that was not offered, stays content. In a stream the content comes as it is made and the calls when the answer is whole.
 
 **Forced answers.** `tool_choice` required, or by name, and `response_format` bind the answer by a grammar. White space
-in that JSON is bounded, and at most 8 calls follow each other. An answer that `max_tokens` cuts ends with `length`,
+in that JSON is bounded, and at most 4 calls follow each other. An answer that `max_tokens` cuts ends with `length`,
 its last call with the arguments so far.
 
 **`max_tokens`.** An upper bound: more than the context has room for is the rest of the context. A prompt that leaves

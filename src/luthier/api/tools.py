@@ -24,7 +24,7 @@ from luthier.store.db import new_id
 
 OPENING = "<tool_call>"
 MOST_TOOLS = 128
-MOST_CALLS = 8  # that a grammar lets follow each other: a small model that must call may never want to stop
+MOST_CALLS = 4  # that a grammar lets follow each other: a small model that must call may never want to stop
 Mode = Literal["none", "auto", "required"]
 # Words that chatml.jinja puts before the tools.
 LEADING = 'You can call these functions. Answer with one <tool_call>{"name": ..., "arguments": {...}}</tool_call> '
