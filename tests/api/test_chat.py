@@ -201,6 +201,7 @@ def test_unknown_models_and_long_prompts(client: TestClient) -> None:
     assert refused(client, model="tiny:gone") == (404, "model", "model_not_found")
     long = [{"role": "user", "content": "word " * 3000}]
     assert refused(client, messages=long) == (400, "messages", "context_length_exceeded")
+    assert refused(client, messages=HELLO * 50_000) == (400, "messages", "context_length_exceeded")
 
 
 def test_every_role_is_rendered_as_in_training(client: TestClient, router: FakeRouter, renderer: Renderer) -> None:

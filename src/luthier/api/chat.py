@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from luthier.api.asking import At
 from luthier.api.chat_wire import ChatRequest
 from luthier.api.errors import ApiError
-from luthier.api.inference import asks, room, usage
+from luthier.api.inference import asks, room, too_long, usage
 from luthier.api.sending import Events, while_connected
 from luthier.api.services import Services
 from luthier.api.speak import Piece, Said, Speaker, speak
@@ -32,6 +32,7 @@ from luthier.store.db import new_id
 
 router = APIRouter(tags=["chat"])
 ARGUMENTS_PIECE = 64  # characters of a call's arguments in one chunk
+LEAST_TOKENS = 2  # of a turn: what opens or closes it
 LOWEST = -9999.0  # stands for minus infinity, which JSON cannot say
 
 
@@ -54,6 +55,8 @@ def prepare(services: Services, asked: ChatRequest, request_id: str | None) -> T
     box, schema, turns = asked.toolbox(), asked.form(), asked.turns()
     voice = find_voice(services, asked.model)
     renderer = voice.spoken.renderer
+    if len(turns) * LEAST_TOKENS > voice.context:  # before a template renders every beginning of them
+        raise too_long(voice, len(turns) * LEAST_TOKENS, "messages")
     try:
         with voice.spoken.lock:
             prompt = prompt_ids(renderer, turns, box.tools)

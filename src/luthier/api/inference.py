@@ -154,14 +154,19 @@ def room(voice: Voice, prompt: Sequence[int], wanted: int | None, param: str) ->
     """
     left = voice.context - len(prompt)
     if left < (1 if wanted is None else min(1, wanted)):
-        raise ApiError(
-            400,
-            f"This model's maximum context length is {voice.context} tokens. However, your {param} resulted in "
-            f"{len(prompt)} tokens. Please reduce the length of the {param}.",
-            param=param,
-            code="context_length_exceeded",
-        )
+        raise too_long(voice, len(prompt), param)
     return left if wanted is None else min(wanted, left)
+
+
+def too_long(voice: Voice, tokens: int, param: str) -> ApiError:
+    """`tokens` is the size of the prompt, or the least that it can be."""
+    return ApiError(
+        400,
+        f"This model's maximum context length is {voice.context} tokens. However, your {param} resulted in at least "
+        f"{tokens} tokens. Please reduce the length of the {param}.",
+        param=param,
+        code="context_length_exceeded",
+    )
 
 
 def usage(prompt: int, generated: int, cached: int) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class _Replica:
         if self.alive and self.process.stdin is not None and not self.process.stdin.is_closing():
             self.process.stdin.write(json.dumps(value).encode() + b"\n")
 
-    async def ask(self, ask: Ask) -> _Answer:
+    def ask(self, ask: Ask) -> _Answer:
         answer = _Answer(ask.id)
         if ask.id in self.answers:
             answer.end(Broken(f"The ask {ask.id} is open already."))
@@ -99,12 +99,13 @@ class _Replica:
         self.answers[ask.id] = answer
         self.idle.clear()
         self.say({"do": "generate", **ask.model_dump(exclude_defaults=True)})
+        return answer
+
+    async def drain(self) -> None:
+        """Wait until it has read most of what was said to it."""
         if self.process.stdin is not None:
             with contextlib.suppress(ConnectionError):  # the reader of its stdout tells everybody
                 await self.process.stdin.drain()
-        if not self.alive and self.answers.pop(ask.id, None) is not None:
-            answer.end(self.error or _gone())
-        return answer
 
     def leave(self, answer: _Answer) -> None:
         """The reader of `answer` has gone."""
@@ -251,8 +252,12 @@ class Router:
         replicas = list(self._replicas.values())
         self._replicas.clear()
         await asyncio.gather(*(replica.end() for replica in replicas))
-        if self._reading:  # of those that died and have not been cleared away
-            await asyncio.wait(set(self._reading))
+        if self._reading:  # of those that died, or that nobody waited for
+            _, late = await asyncio.wait(set(self._reading), timeout=GRACE)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
 
     def ready(self, base: str) -> bool:
         """Whether an ask would be taken at once."""
@@ -267,8 +272,9 @@ class Router:
         except LuthierError as error:
             yield Part(id=ask.id, finish="error", error=error.as_dict())
             return
-        answer = await replica.ask(ask)
+        answer = replica.ask(ask)  # at once: between the look and the ask it must not die or leave
         try:
+            await replica.drain()
             while True:
                 part = await answer.get()
                 yield part
@@ -311,7 +317,8 @@ class Router:
             raise self._failures[base][2]
         folder = self._folder(base)
         if there is not None:
-            del self._replicas[base]
+            await there.idle.wait()  # one that is to leave ends its answers first
+            self._replicas.pop(base, None)
             await there.end()
         await self._make_room()
         process = await self._spawn(folder)
