@@ -105,6 +105,6 @@ def sleep_between_kernels() -> None:
     """Let threads that wait for each other sleep instead of spin, unless the user has chosen. Before torch is imported.
 
     A step of serving is hundreds of short kernels. Where another process (a training job) takes a core, threads that
-    spin take turns with it at each of them: the 135M model, one stream on two cores, gave 6 tokens a second; asleep, 30.
+    spin take turns with it at each of them: the 135M model, one stream on two cores, gave 6 tokens a second, asleep 30.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
