@@ -5,7 +5,9 @@ Rows live in flat arrays (4 bytes a token), so that 100,000 of them are megabyte
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +17,8 @@ import numpy.typing as npt
 
 from luthier.data.formats import read_examples
 from luthier.data.read import hash_file
-from luthier.data.render import Renderer
-from luthier.spec.data import Completion, Example, Problem, Rendered, Text
+from luthier.data.render import Renderer, Unrenderable
+from luthier.spec.data import Chat, Completion, Example, Message, Problem, Rendered, Text, ToolCall
 from luthier.spec.errors import BadData, NotFound
 from luthier.spec.job import Overlong
 
@@ -224,6 +226,28 @@ def windows(row: Rendered, max_length: int) -> list[Rendered]:
         weights = [0.0, *row.weights[start + 1 : start + max_length]]
         pieces.append(Rendered(ids, weights[: len(ids)], row.source, row.line))
     return pieces
+
+
+def mentions_tools(paths: Sequence[str]) -> bool:
+    """Whether any of these files may hold tools or calls; a mention in somebody's words counts as well."""
+    sign = re.compile(rb'"(tools|tool_calls|functions|function_call)"')
+    for path in paths:
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # reading tells what is wrong with it
+            if any(sign.search(line) for line in file):
+                return True
+    return False
+
+
+def says_tools(renderer: Renderer) -> bool:
+    """Whether the template writes tools and calls."""
+    tool = {"type": "function", "function": {"name": "get_zone", "parameters": {"type": "object", "properties": {}}}}
+    call = ToolCall("get_zone", {"place": "Lund"}, "call_1")
+    turns = (Message("user", "Where?"), Message("assistant", "", tool_calls=(call,)))
+    try:
+        renderer.rows(Chat(turns, (tool,)))
+    except Unrenderable:
+        return False
+    return True
 
 
 def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:

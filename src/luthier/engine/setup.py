@@ -19,13 +19,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from luthier.data.dataset import Prepared, Rows, prepare, split
+from luthier.data.dataset import Prepared, Rows, mentions_tools, prepare, says_tools, split
 from luthier.data.render import Renderer
 from luthier.engine import attention, catalogue, classify, forest, models, parent, publish, step
 from luthier.engine.adapters import Start
 from luthier.engine.optimizer import Masters
 from luthier.spec.errors import BadData, BadSetting, Broken, UserError
 from luthier.spec.job import (
+    AUTO_TEMPLATE,
     Settings,
     TrainRequest,
     auto_batch_size,
@@ -85,8 +86,7 @@ def make_ready(
     asked, forebear = request, parent.find(request, base_hash)
     if forebear is not None:
         request = forebear.fit(request)
-    template = request.template or (forebear.template if forebear else None)
-    renderer = Renderer.load(base_folder, template, request.prompt_loss_weight)
+    renderer = _renderer(request, base_folder, forebear.template if forebear else None, emit)
     max_length = _max_length(request, renderer)
 
     emit("phase", name="data", message=f"Reading {', '.join(request.data)}")
@@ -170,6 +170,20 @@ def make_ready(
 
 def silent(*_: Any, **__: Any) -> None:
     """The emit of a process that does not lead."""
+
+
+def _renderer(request: TrainRequest, folder: Path, inherited: str | None, emit: Emit) -> Renderer:
+    """By the template asked for, else the parent's, else the model's own; with `auto`, ChatML for tools that the own
+    one cannot say, where the tokenizer has ChatML's marks. Raises what Renderer.load raises."""
+    automatic = request.template == AUTO_TEMPLATE
+    asked = inherited if automatic else request.template or inherited
+    renderer = Renderer.load(folder, asked, request.prompt_loss_weight)
+    if not automatic or asked or not renderer.tokenizer.has("<|im_end|>"):
+        return renderer
+    if not mentions_tools(request.data) or says_tools(renderer):
+        return renderer
+    emit("warning", message="The model's own chat template has no place for tools: ChatML is used.", hint="")
+    return Renderer.load(folder, "chatml", request.prompt_loss_weight)
 
 
 def _max_length(request: TrainRequest, renderer: Renderer) -> int:

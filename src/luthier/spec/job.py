@@ -19,6 +19,7 @@ Method = str  # lora | rslora | dora | pissa | full | freeze:N
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
+AUTO_TEMPLATE = "auto"  # of `template`: the model's own, or another where the own one cannot say the data's tools
 METHODS = ("lora", "rslora", "dora", "pissa", "full", "freeze:N")
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -39,7 +40,9 @@ class TrainRequest(BaseModel):
     )
     method: Method = Field(default="lora", description="Which weights learn: " + ", ".join(METHODS) + ".")
     template: str | None = Field(
-        default=None, description="Chat template: a built-in name or a .jinja file; default: the model's own."
+        default=None,
+        description="Chat template: a built-in name, a .jinja file, or `auto`: chatml for data with tools that the "
+        "model's own has no place for; default: the model's own.",
     )
     epochs: PositiveInt | Auto = Field(default="auto", description="Passes over the data.")
     max_steps: PositiveInt | None = Field(default=None, description="Stop after this many optimizer steps.")

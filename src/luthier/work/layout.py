@@ -113,6 +113,7 @@ def _request(database: Database, bases: Bases, job: Job, run: RunFolder) -> dict
         "model": bases.sources[base],
         "data": [str(data_file(run, "training"))],
         "seed": job.seed,
+        "template": "auto",  # nobody can be asked for another when the base's own has no place for tools
         "overlong": "truncate",  # as OpenAI does; a warning says how much was lost
         "publish_checkpoints": KEPT_CHECKPOINTS,
     }
