@@ -29,12 +29,19 @@ CORPUS = (
 
 
 def make_tokenizer(
-    folder: Path, *, bos: bool = False, template: str | None = CHATML, extra_special: Sequence[str] = ()
+    folder: Path,
+    *,
+    bos: bool = False,
+    template: str | None = CHATML,
+    extra_special: Sequence[str] = (),
+    corpus: Sequence[str] = CORPUS,
+    entries: int = 400,
 ) -> Path:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja (unless `template` is None) into `folder`.
 
-    Byte-level BPE of about 400 entries, every byte included, so any text survives encode and decode. `bos` makes the
-    post-processor put <s> first, as Llama's and Gemma's tokenizers do. eos is <|im_end|>, pad is <|endoftext|>.
+    Byte-level BPE of about `entries` learnt from `corpus`, every byte included, so any text survives encode and decode.
+    `bos` makes the post-processor put <s> first, as Llama's and Gemma's tokenizers do. eos is <|im_end|>, pad is
+    <|endoftext|>.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -43,12 +50,12 @@ def make_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=entries,
         special_tokens=[*SPECIALS, *extra_special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer.train_from_iterator([*corpus] * 4, trainer)
     if bos:
         first = tokenizer.token_to_id("<s>")
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -84,6 +91,8 @@ def make_model(
     bos: bool = False,
     template: str | None = CHATML,
     extra_special: Sequence[str] = (),
+    corpus: Sequence[str] = CORPUS,
+    entries: int = 400,
     **config: Any,
 ) -> Path:
     """Write a loadable model folder: config, float32 random weights, generation_config and the tokenizer above.
@@ -95,7 +104,7 @@ def make_model(
     from tokenizers import Tokenizer
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    make_tokenizer(folder, bos=bos, template=template, extra_special=extra_special)
+    make_tokenizer(folder, bos=bos, template=template, extra_special=extra_special, corpus=corpus, entries=entries)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     window = {} if sliding_window is None else {"sliding_window": sliding_window}
     if sliding_window is not None and family.startswith("qwen"):
