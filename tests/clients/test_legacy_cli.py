@@ -176,6 +176,8 @@ def test_35_37_duplicates_and_what_becomes_of_a_job(api: Run, old: Client, serve
     for one in (second, reused):
         assert json.loads(api("fine_tunes.cancel", "-i", one["id"]).stdout)["status"] == "cancelled"
     eventually(lambda: server.ask("DELETE", f"/v1/fine-tunes/{second['id']}")[0] == 200, 30)
+    told = f"/v1/fine-tunes/{reused['id']}/events"  # a worker that has begun it takes a moment to let go
+    eventually(lambda: server.ask("GET", told)[1]["data"][-1]["message"] == "Fine-tune cancelled", 30)
     gone = json.loads(api("fine_tunes.delete", "-i", reused["id"]).stdout)
     assert gone == {"id": reused["id"], "object": "fine-tune", "deleted": True}
     refused = api("fine_tunes.get", "-i", reused["id"], ok=False)

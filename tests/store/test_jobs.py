@@ -158,6 +158,9 @@ def test_a_job_being_cancelled_takes_no_other_request(jobs: Jobs, leases: Leases
     for ask in (jobs.request_pause, jobs.request_resume):
         with pytest.raises(UserError, match="is being cancelled"):
             ask(job.id)
+    with pytest.raises(UserError, match="is being cancelled") as refused:
+        jobs.delete(job.id)
+    assert refused.value.hint == "Its worker has not let go yet: try again in a few seconds."
     assert jobs.request_cancel(job.id) == asked
 
 

@@ -279,6 +279,9 @@ class Jobs:
         with self.database.transaction() as connection:
             row = hold(connection, job_id)
             if row.status not in TERMINAL:
+                if row.wanted == "cancel":
+                    hint = "Its worker has not let go yet: try again in a few seconds."
+                    raise UserError(f"The job {job_id} is being cancelled.", hint=hint)
                 raise UserError(f"The job {job_id} is {row.status}.", hint="Cancel it first.")
             connection.execute(delete(jobs).where(jobs.c.id == job_id))
             self.database.remember_place(connection, jobs, job_id, row.number)

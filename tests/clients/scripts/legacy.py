@@ -83,9 +83,12 @@ def check_39_completions_of_a_legacy_model(given):
         engine=model, prompt="the quick fox 1\n\n###\n\n", max_tokens=1, temperature=0, logprobs=2
     )
     assert by_engine.choices[0].text == answer.choices[0].text
-    streamed = list(openai.Completion.create(model=model, prompt="a lazy", max_tokens=3, temperature=0, stream=True))
+    asked = {"model": model, "prompt": "a lazy", "max_tokens": 3, "temperature": 0}
+    whole = openai.Completion.create(**asked).choices[0]
+    streamed = list(openai.Completion.create(stream=True, **asked))
     assert all(chunk.object == "text_completion" for chunk in streamed)
-    assert streamed[-1].choices[0].finish_reason == "length"
+    assert "".join(chunk.choices[0].text for chunk in streamed) == whole.text
+    assert streamed[-1].choices[0].finish_reason == whole.finish_reason in ("length", "stop")
     several = openai.Completion.create(model=model, prompt=["a", "b"], n=2, max_tokens=2, echo=True)
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     assert several.choices[0].text.startswith("a") and several.choices[3].text.startswith("b")
