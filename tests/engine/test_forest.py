@@ -202,7 +202,7 @@ def test_the_masked_twin_is_equal() -> None:
     query = torch.randn(1, 6, tree.tokens, 16, generator=generator, requires_grad=True)
     key, value = (torch.randn(1, 2, tree.tokens, 16, generator=generator, requires_grad=True) for _ in range(2))
     for window in (None, 8, 21):
-        ours = attention._ForestAttention.apply(query, key, value, plan.blocks(window, query.dtype), 0.25)
+        ours = attention._ForestAttention.apply(query, key, value, plan, window, 0.25)
         twin = attention.masked_attention(query, key, value, plan.dense(window), 0.25)
         assert torch.allclose(ours, twin, atol=1e-5)
         seed = torch.randn(ours.shape, generator=generator)

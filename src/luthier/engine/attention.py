@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,7 +161,7 @@ def forest_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
         attend: Any = _ForestAttention.apply  # torch leaves it unannotated
-        output: Tensor = attend(query, key, value, plan.blocks(sliding_window, query.dtype), scale)
+        output: Tensor = attend(query, key, value, plan, sliding_window, scale)
     else:
         output = masked_attention(query, key, value, plan.dense(sliding_window), scale)
     return output.transpose(1, 2), None
@@ -179,65 +179,96 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
     )
 
 
+class Saved(NamedTuple):
+    """What `backward` needs of a `forward`: [1, H, T, D] tensors, the scores' log-sum-exp [1, H, T] (float32)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    lse: Tensor
+    plan: Plan
+    window: int | None
+    scale: float
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float
+) -> tuple[Tensor, Saved]:
+    """Attention of one layer within `plan`'s forest, outside autograd: (output [1, H, T, D], what `backward` takes).
+
+    Inputs may be strided views whose last dimension is contiguous (parts of one fused product).
+    """
+    output = torch.empty(query.shape, dtype=torch.float32)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32)
+    for block in plan.blocks(window, query.dtype):
+        rows, keys = slice(block.start, block.end), slice(block.key_start, block.key_end)
+        part, part_lse = _forward(
+            query[:, :, rows],
+            key[:, :, keys],
+            value[:, :, keys],
+            0.0,
+            block.own and block.mask is None,
+            attn_mask=block.mask,
+            scale=scale,
+        )
+        if block.own:
+            output[:, :, rows], lse[:, :, rows] = part, part_lse
+            continue
+        if block.mask is not None:  # rows that see no key of this block
+            hidden = block.mask.isinf().all(dim=1)
+            part = part.masked_fill(hidden[:, None], 0.0)
+            part_lse = part_lse.masked_fill(hidden, float("-inf"))
+        merged = torch.logaddexp(lse[:, :, rows], part_lse)
+        output[:, :, rows].mul_((lse[:, :, rows] - merged).exp_()[..., None])
+        output[:, :, rows].addcmul_(part.float(), (part_lse - merged).exp_()[..., None])
+        lse[:, :, rows] = merged
+    output = output.to(query.dtype)
+    return output, Saved(query, key, value, output, lse, plan, window, scale)
+
+
+def backward(grad_output: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from that of the output [1, H, T, D], in the dtype of the inputs."""
+    query, key, value, output, lse = saved[:5]
+    grads = [torch.zeros(tensor.shape, dtype=torch.float32) for tensor in (query, key, value)]
+    for block in saved.plan.blocks(saved.window, query.dtype):
+        rows, keys = slice(block.start, block.end), slice(block.key_start, block.key_end)
+        small = (block.end - block.start) * (block.key_end - block.key_start) < SMALL_BLOCK
+        parts = _backward(
+            *(
+                part.float() if small else part
+                for part in (
+                    grad_output[:, :, rows],
+                    query[:, :, rows],
+                    key[:, :, keys],
+                    value[:, :, keys],
+                    output[:, :, rows],
+                )
+            ),
+            lse[:, :, rows],
+            0.0,
+            block.own and block.mask is None,
+            attn_mask=block.mask.float() if small and block.mask is not None else block.mask,
+            scale=saved.scale,
+        )
+        for total, part, place in zip(grads, parts, (rows, keys, keys), strict=True):
+            total[:, :, place] += part
+    return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype)
+
+
 class _ForestAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scale: float) -> Tensor:
-        output = torch.empty(query.shape, dtype=torch.float32)
-        lse = torch.empty(query.shape[:-1], dtype=torch.float32)
-        for block in blocks:
-            rows, keys = slice(block.start, block.end), slice(block.key_start, block.key_end)
-            part, part_lse = _forward(
-                query[:, :, rows],
-                key[:, :, keys],
-                value[:, :, keys],
-                0.0,
-                block.own and block.mask is None,
-                attn_mask=block.mask,
-                scale=scale,
-            )
-            if block.own:
-                output[:, :, rows], lse[:, :, rows] = part, part_lse
-                continue
-            if block.mask is not None:  # rows that see no key of this block
-                hidden = block.mask.isinf().all(dim=1)
-                part = part.masked_fill(hidden[:, None], 0.0)
-                part_lse = part_lse.masked_fill(hidden, float("-inf"))
-            merged = torch.logaddexp(lse[:, :, rows], part_lse)
-            output[:, :, rows].mul_((lse[:, :, rows] - merged).exp_()[..., None])
-            output[:, :, rows].addcmul_(part.float(), (part_lse - merged).exp_()[..., None])
-            lse[:, :, rows] = merged
-        output = output.to(query.dtype)
-        ctx.save_for_backward(query, key, value, output, lse)
-        ctx.blocks, ctx.scale = blocks, scale
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float
+    ) -> Tensor:
+        output, saved = forward(query, key, value, plan, window, scale)
+        ctx.save_for_backward(*saved[:5])
+        ctx.rest = saved[5:]
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, output, lse = ctx.saved_tensors
-        grads = [torch.zeros(tensor.shape, dtype=torch.float32) for tensor in (query, key, value)]
-        for block in ctx.blocks:
-            rows, keys = slice(block.start, block.end), slice(block.key_start, block.key_end)
-            small = (block.end - block.start) * (block.key_end - block.key_start) < SMALL_BLOCK
-            parts = _backward(
-                *(
-                    part.float() if small else part
-                    for part in (
-                        grad[:, :, rows],
-                        query[:, :, rows],
-                        key[:, :, keys],
-                        value[:, :, keys],
-                        output[:, :, rows],
-                    )
-                ),
-                lse[:, :, rows],
-                0.0,
-                block.own and block.mask is None,
-                attn_mask=block.mask.float() if small and block.mask is not None else block.mask,
-                scale=ctx.scale,
-            )
-            for total, part, place in zip(grads, parts, (rows, keys, keys), strict=True):
-                total[:, :, place] += part
-        return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(grad, Saved(*ctx.saved_tensors, *ctx.rest)), None, None, None
 
 
 def install(model: Any) -> None:
