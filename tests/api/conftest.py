@@ -20,6 +20,7 @@ from luthier.api.services import Services
 from luthier.settings import Settings
 from luthier.spec.bases import Bases
 from luthier.spec.serving import Ask, Part, Token
+from luthier.store.completions import Completions
 from luthier.store.db import Database
 from luthier.store.files import Files
 from luthier.store.history import History
@@ -101,12 +102,6 @@ def services(settings: Settings, base_folder: Path, router: Any) -> Iterator[Ser
 
 def make_services(settings: Settings, database: Database, router: Any, folders: dict[str, Path]) -> Services:
     files = Files(database)
-    try:
-        from luthier.store.completions import Completions
-
-        completions: Any = Completions(database)
-    except ModuleNotFoundError:
-        completions = None
     return Services(
         settings=settings,
         database=database,
@@ -117,7 +112,7 @@ def make_services(settings: Settings, database: Database, router: Any, folders: 
         history=History(database),
         models=Models(database),
         keys=Keys(database),
-        completions=completions,
+        completions=Completions(database),
         router=router,
         bases=Bases(sources={name: str(folder) for name, folder in folders.items()}, default=next(iter(folders))),
         folders=folders,

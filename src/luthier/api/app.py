@@ -7,16 +7,27 @@ Does not know: what the routes do; how a process is started (cli).
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 from collections.abc import AsyncIterator
-from typing import Any
 
 import anyio
 from fastapi import Depends, FastAPI
 
 from luthier import __version__
-from luthier.api import faults, health, metrics
+from luthier.api import (
+    chat,
+    completions,
+    engines,
+    faults,
+    files,
+    health,
+    jobs,
+    legacy,
+    metrics,
+    models,
+    permissions,
+    stored,
+    uploads,
+)
 from luthier.api.auth import Doorkeeper, caller
 from luthier.api.described import ANSWERS, describe
 from luthier.api.follow import Followers
@@ -27,17 +38,18 @@ from luthier.api.metrics import Metrics
 from luthier.api.services import Services
 from luthier.api.sweeps import sweeping
 
+# Everything under /v1, in the order in which paths are tried.
 ROUTERS = (
-    "files",
-    "uploads",
-    "models",
-    "jobs",
-    "permissions",
-    "legacy",
-    "engines",
-    "chat",
-    "completions",
-    "stored",
+    files.router,
+    uploads.router,
+    models.router,
+    jobs.router,
+    permissions.router,
+    legacy.router,
+    engines.router,
+    chat.router,
+    completions.router,
+    stored.router,
 )
 
 
@@ -56,11 +68,8 @@ def create_app(services: Services) -> FastAPI:
     app.state.doorkeeper = Doorkeeper(services.keys)
     app.state.metrics = Metrics(services.jobs)
     app.state.followers = Followers(services)
-    for name in ROUTERS:
-        if importlib.util.find_spec(f"luthier.api.{name}") is None:
-            continue
-        module: Any = importlib.import_module(f"luthier.api.{name}")
-        app.include_router(module.router, prefix="/v1", dependencies=[Depends(caller)], responses=ANSWERS)
+    for router in ROUTERS:
+        app.include_router(router, prefix="/v1", dependencies=[Depends(caller)], responses=ANSWERS)
     app.include_router(health.router, responses=ANSWERS)
     app.include_router(metrics.router, responses=ANSWERS)
     faults.install(app)

@@ -6,16 +6,13 @@ Does not know: what a route does beyond its own words.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Iterator
-from typing import cast
 
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from luthier.api import health, jobs, legacy_wire, metrics, permissions
+from luthier.api import chat_wire, completions, health, jobs, legacy_wire, metrics, permissions
 from luthier.api.app import ROUTERS
 from luthier.api.choices import CHOICES, ELSEWHERE
 
@@ -50,6 +47,9 @@ FIELDS: dict[str, Table] = {
     "POST /v1/fine_tuning/jobs": jobs.CREATE_FIELDS,
     "POST /v1/fine_tuning/checkpoints/{checkpoint}/permissions": permissions.CREATE_FIELDS,
     "POST /v1/fine-tunes": legacy_wire.CREATE_FIELDS,
+    "POST /v1/chat/completions": chat_wire.FIELDS,
+    "POST /v1/completions": completions.FIELDS,
+    "POST /v1/chat/completions/{completion_id}": {"metadata": ("supported", "Replaces what was there.")},
 }
 
 
@@ -60,10 +60,8 @@ refused where something is made (uploads, jobs, permissions) and ignored by infe
 
 def routers() -> Iterator[tuple[str, APIRouter]]:
     """(prefix, router) of everything that the app serves."""
-    for name in ROUTERS:
-        if importlib.util.find_spec(f"luthier.api.{name}") is None:
-            continue
-        yield PREFIX, importlib.import_module(f"luthier.api.{name}").router
+    for router in ROUTERS:
+        yield PREFIX, router
     yield "", health.router
     yield "", metrics.router
 
@@ -80,27 +78,9 @@ def routes() -> list[tuple[str, str, APIRoute]]:
 
 
 def fields() -> dict[str, Table]:
-    """Route -> its table, in the order of the routes; inference has its tables beside its own routes."""
-    beside = {"POST /v1/chat/completions": "chat", "POST /v1/completions": "completions"}
-    known = {**FIELDS, **{route: table for route, room in beside.items() if (table := _beside(room))}}
+    """Route -> its table, in the order of the routes."""
     there = [f"{method} {path}" for method, path, _ in routes()]
-    for route in there:
-        if route.startswith("POST /v1/chat/completions/{"):
-            known[route] = {"metadata": ("supported", "Replaces what was there.")}
-    return {route: known[route] for route in there if route in known}
-
-
-def _beside(room: str) -> Table | None:
-    """The table of fields in a module of inference or in the module of its words."""
-    for name in (f"luthier.api.{room}", f"luthier.api.{room}_wire"):
-        for value in vars(importlib.import_module(name)).values() if importlib.util.find_spec(name) else ():
-            if isinstance(value, dict) and value and all(_is_line(line) for line in value.values()):
-                return cast(Table, value)
-    return None
-
-
-def _is_line(line: object) -> bool:
-    return isinstance(line, tuple) and len(line) == 2 and line[0] in STATES
+    return {route: FIELDS[route] for route in there if route in FIELDS}
 
 
 def render() -> str:
@@ -134,10 +114,6 @@ def render() -> str:
     lines += ["", "## Choices", "", "Where the documentation is silent, or real clients contradict it:", ""]
     lines += _items(CHOICES)
     return "\n".join(lines) + "\n"
-
-
-def _words(route: APIRoute) -> str:
-    return route.summary or route.name
 
 
 def _query(route: APIRoute) -> str:
