@@ -94,6 +94,22 @@ def not_found(job_id: str) -> ApiError:
     return ApiError(404, message, param="fine_tune_id", code="fine_tune_not_found")
 
 
+def metadata_filter(request: Request) -> dict[str, str]:
+    """metadata[KEY]=VALUE of the query. Raises ApiError 400."""
+    pairs: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        found = re.fullmatch(r"metadata\[(.*)\]", name, re.DOTALL)
+        if found is None:
+            continue
+        key = found[1]
+        if "\0" in key + value or len(key) > 64 or len(value) > 512 or pairs.get(key, value) != value:
+            raise ApiError(400, "metadata: wanted metadata[KEY]=VALUE, each key once.", param="metadata")
+        pairs[key] = value
+    if len(pairs) > 16:
+        raise ApiError(400, f"metadata: found {len(pairs)} pairs, wanted at most 16.", param="metadata")
+    return pairs
+
+
 def cursor(after: str | None, starting_after: str | None) -> str | None:
     """The oldest client says `starting_after`. An empty one is none."""
     return after or starting_after or None

@@ -11,10 +11,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from luthier.api.asking import At
 from luthier.api.errors import ApiError
+from luthier.api.limits import replay
 from luthier.api.models import no_such_model
 from luthier.spec.errors import NotFound
 
@@ -95,13 +96,4 @@ class Onward(Response):
         for name in ("starlette.exception_handlers", "fastapi_inner_astack", "fastapi_middleware_astack"):
             if name in scope:
                 onward[name] = scope[name]
-        given = False
-
-        async def again() -> Message:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": self.whole, "more_body": False}
-
-        await scope["app"].router(onward, again, send)
+        await scope["app"].router(onward, replay(self.whole, receive), send)

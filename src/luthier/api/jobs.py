@@ -6,14 +6,25 @@ Does not know: workers; how a step is made.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from luthier.api import follow
-from luthier.api.asking import At, Caller, Cursor, Limit, check_file, cursor, find, listed, retry_within, start_from
+from luthier.api.asking import (
+    At,
+    Caller,
+    Cursor,
+    Limit,
+    check_file,
+    cursor,
+    find,
+    listed,
+    metadata_filter,
+    retry_within,
+    start_from,
+)
 from luthier.api.errors import ApiError
 from luthier.api.jobs_wire import (
     Hyperparameters,
@@ -74,7 +85,7 @@ def list_jobs(
     """Newest first. `metadata[KEY]=VALUE` keeps the jobs that have the pair."""
     page = at.jobs.list(
         kind="modern",
-        metadata=_metadata_filter(request),
+        metadata=metadata_filter(request),
         without_metadata=metadata is not None,
         after=cursor(after, starting_after),
         limit=limit,
@@ -163,22 +174,6 @@ def _numbers(method: Method | None, outer: Hyperparameters | None) -> dict[str, 
             raise ApiError(400, message, param=f"hyperparameters.{name}")
         numbers[name] = given[0] if given else "auto"
     return numbers
-
-
-def _metadata_filter(request: Request) -> dict[str, str]:
-    """metadata[KEY]=VALUE of the query. Raises ApiError 400."""
-    pairs: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        found = re.fullmatch(r"metadata\[(.*)\]", name, re.DOTALL)
-        if found is None:
-            continue
-        key = found[1]
-        if "\0" in key + value or len(key) > 64 or len(value) > 512 or pairs.get(key, value) != value:
-            raise ApiError(400, "metadata: wanted metadata[KEY]=VALUE, each key once.", param="metadata")
-        pairs[key] = value
-    if len(pairs) > 16:
-        raise ApiError(400, f"metadata: found {len(pairs)} pairs, wanted at most 16.", param="metadata")
-    return pairs
 
 
 # What docs/compatibility.md says of the body's fields: (supported | ignored | refused, reason).

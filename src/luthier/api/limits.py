@@ -103,7 +103,7 @@ class Gate:
             except ApiError as error:
                 await _say(error, scope, receive, send)
                 return
-            receive = _replay(body, receive)
+            receive = replay(body, receive)
         await self.app(scope, receive, send)
 
     async def _key(self, headers: Headers) -> Key:
@@ -206,7 +206,8 @@ async def _say(error: ApiError | LuthierError, scope: Scope, receive: Receive, s
     await respond(answer)(scope, receive, send)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives `body` first, whole, and then goes on with `receive`."""
     given = False
 
     async def again() -> Message:

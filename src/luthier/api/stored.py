@@ -5,12 +5,11 @@ Does not know: how an answer is made (chat.py).
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from luthier.api.asking import At, Cursor, Limit, cursor, listed, shown
+from luthier.api.asking import At, Cursor, Limit, cursor, listed, metadata_filter, shown
 from luthier.api.errors import ApiError
 from luthier.api.jobs_wire import Metadata, Strict
 from luthier.spec.errors import NotFound
@@ -50,7 +49,7 @@ def list_stored(
     """Oldest first unless `order` is desc. `metadata[KEY]=VALUE` keeps those that have the pair."""
     page = at.completions.list(
         model=model,
-        metadata=_pairs(request),
+        metadata=metadata_filter(request),
         after=cursor(after, starting_after),
         limit=limit,
         order=order,
@@ -116,16 +115,3 @@ def _find(at: At, completion_id: str) -> StoredCompletion:
     except NotFound as error:
         message = f"Chat completion {shown(completion_id)} not found: it was not stored here."
         raise ApiError(404, message, param="completion_id") from error
-
-
-def _pairs(request: Request) -> dict[str, str]:
-    """metadata[KEY]=VALUE of the query. Raises ApiError 400."""
-    pairs: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        found = re.fullmatch(r"metadata\[(.{1,64})\]", name, re.DOTALL)
-        if found is None:
-            continue
-        if found[1] in pairs or len(pairs) == 16:
-            raise ApiError(400, "metadata: wanted at most 16 metadata[KEY]=VALUE, each key once.", param="metadata")
-        pairs[found[1]] = value
-    return pairs

@@ -15,7 +15,6 @@ from urllib.parse import quote, urlsplit
 
 import typer
 
-from luthier.settings import client_environment
 from luthier.spec.errors import BadSetting, Broken, LuthierError, NotFound, NotNow, UserError
 
 Server = Annotated[
@@ -139,6 +138,8 @@ def refusal(status: int, text: str) -> LuthierError:
 
 def connect(server: str | None) -> Client:
     """A client of --server or OPENAI_BASE_URL with OPENAI_API_KEY. Raises BadSetting when neither names a server."""
+    from luthier.settings import client_environment
+
     base, key = client_environment()
     url = server or base
     if not url:
