@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ PROMPT = [(7 * n + 3) % 300 for n in range(20)]
 
 
 class Replica:
-    def __init__(self, base: Path, *more: str) -> None:
+    def __init__(self, base: Path, *more: str, early: Sequence[dict[str, Any]] = ()) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "luthier.serve.replica", "--base", str(base), "--precision", "float32", *more],
             stdin=subprocess.PIPE,
@@ -28,7 +28,8 @@ class Replica:
         )
         assert self.process.stdin and self.process.stdout
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        self.ready = self.line()
+        self.say(*early)
+        self.ready = self.line()  # the first
 
     def line(self) -> dict[str, Any]:
         value = json.loads(self.stdout.readline())
@@ -128,6 +129,18 @@ def test_cancel_frees_and_stats_tell(replica: Replica) -> None:
     replica.say({"do": "stats", "id": "s"})
     stats = replica.line()
     assert (stats["id"], stats["running"], stats["waiting"]) == ("s", 0, 0)
+
+
+def test_a_ping_is_answered_while_it_loads_and_while_it_computes(tiny: Path) -> None:
+    made = Replica(tiny, early=[{"do": "ping"}])
+    assert made.ready == {"alive": True}
+    assert made.line()["ready"] is True
+    made.say(generate("long", PROMPT, max_tokens=490, logit_bias={2: -100}), {"do": "ping"})
+    lines = [made.line()]
+    while "alive" not in lines[-1]:
+        lines.append(made.line())
+    assert len(lines) < 400
+    made.end(0)
 
 
 def test_an_unusable_base_is_said(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -31,6 +33,9 @@ def say(value):
 say({"ready": True})
 for line in sys.stdin:
     ask = json.loads(line)
+    if ask["do"] == "ping":
+        say({"alive": True})
+        continue
     open(os.path.join(folder, "said"), "a").write(ask["do"] + "\\n")
     if ask["do"] != "generate":
         continue
@@ -137,6 +142,48 @@ def test_a_process_killed_between_asks_is_replaced(tmp_path: Path) -> None:
             router._replicas["b"].kill()
             await until(lambda: not router.ready("b"))
             assert (await parts_of(router, "b", DONE))[-1].finish == "stop"
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("loading", [False, True])
+def test_a_process_that_is_stopped_is_found_out_and_replaced(
+    loading: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(room, "SILENT_PINGS", 20)
+    monkeypatch.setattr(room, "SILENT_PINGS_LOADING", 100)
+
+    async def play() -> None:
+        places = folders(tmp_path, "b")
+        if loading:
+            (places["b"] / "slow").touch()
+        async with playing(tmp_path, places) as router, asyncio.timeout(30):
+            waiting = [asyncio.create_task(parts_of(router, "b", SILENT, f"waits{n}")) for n in range(3)]
+            seen = "starts" if loading else "said"
+            await until(lambda: (places["b"] / seen).exists())
+            (places["b"] / "slow").unlink(missing_ok=True)
+            os.kill(router._replicas["b"].process.pid, signal.SIGSTOP)
+            ends = [(await one)[-1] for one in waiting]
+            assert {(end.error or {})["message"] for end in ends} == {"The model's process did not answer any more."}
+            router._failures.clear()  # one that was stopped while it loaded counts as one that did not come up
+            assert (await parts_of(router, "b", DONE))[-1].finish == "stop"
+            assert starts(places["b"]) == 2
+
+    asyncio.run(play())
+
+
+def test_a_process_that_answers_its_pings_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(room, "SILENT_PINGS", 20)
+
+    async def play() -> None:
+        places = folders(tmp_path, "b")
+        async with playing(tmp_path, places) as router, asyncio.timeout(30):
+            waiting = asyncio.create_task(parts_of(router, "b", SILENT))
+            await until(lambda: (places["b"] / "said").exists())
+            await asyncio.sleep(0.05 * 30)
+            assert router.ready("b") and not waiting.done()
 
     asyncio.run(play())
 

@@ -102,8 +102,10 @@ class Reader:
                 self.asks.put(ask)
             elif do in ("cancel", "stats") and name is not None:
                 self._other(do, name)
+            elif do == "ping":  # by this thread: one that computes or loads for long is well
+                self.out.line({"alive": True})
             else:
-                raise ValueError(f"found do {do!r}; wanted generate, cancel or stats, with an id")
+                raise ValueError(f"found do {do!r}; wanted ping, or generate, cancel or stats with an id")
         except (ValueError, RecursionError) as error:
             found = UserError(f"A line that is no ask: {str(error)[:500]}")
             if name is None:

@@ -1,7 +1,8 @@
 """Asks to replicas: a child process for each base that is asked, started when needed and again when it dies.
 
 The protocol is spec/serving.py. At most `settings.replicas` processes live at once; the one that rested longest makes
-room for another base. Whatever happens to a process, every ask gets a last Part: nothing waits for the dead.
+room for another base. Whatever happens to a process, every ask gets a last Part: nothing waits for the dead, nor for
+one that has stopped without dying, which is pinged, found silent and killed.
 Does not know: HTTP, text, torch.
 """
 
@@ -35,6 +36,9 @@ BUFFER = 4096  # parts that may wait for a reader; one that is further behind ha
 LARGEST_LINE = 256 * 2**20
 LARGEST_LOG = 10_000_000  # bytes; a longer log is set aside when its replica starts
 GRACE = 3.0  # seconds that a replica has to leave when its stdin ends
+PING_SECONDS = 2.0  # between two pings; counted, not timed: a server that was stopped itself must not blame the others
+SILENT_PINGS = 6  # in a row without a word after which a replica is killed
+SILENT_PINGS_LOADING = 90  # and before it is ready: imports and a cold disk may keep its threads for long
 LONGEST_REST = 30.0  # seconds without a new try after replicas that did not come up
 WHOLE = "folder:"  # a base of this name is the model in the folder that follows
 
@@ -81,6 +85,7 @@ class _Replica:
         self.alive, self.ready, self.leaving = True, False, False
         self.error: LuthierError | None = None  # why it is dead
         self.used = time.monotonic()
+        self.pings = 0  # since its last word
         self.answers: dict[str, _Answer] = {}
         self.idle = asyncio.Event()
         self.idle.set()
@@ -122,6 +127,7 @@ class _Replica:
     async def read(self) -> None:
         """Its stdout until it ends; then everybody who waits is told."""
         error: LuthierError = _gone()
+        watching = asyncio.create_task(self._watch())
         try:
             await self._lines()
         except _Garbage as fault:
@@ -133,6 +139,7 @@ class _Replica:
         except asyncio.CancelledError:
             self.kill()
         finally:
+            watching.cancel()
             self.alive, self.ready = False, False
             self.error = self.error or error
             for name in list(self.answers):
@@ -145,12 +152,23 @@ class _Replica:
             with contextlib.suppress(ConnectionError):
                 await self.process.stdin.wait_closed()
 
+    async def _watch(self) -> None:
+        """Until it is killed for its silence, or cancelled."""
+        while self.pings < (SILENT_PINGS if self.ready else SILENT_PINGS_LOADING):
+            self.say({"do": "ping"})
+            self.pings += 1
+            await asyncio.sleep(PING_SECONDS)
+        log.error("A replica does not answer and is killed.", extra={"fields": {"folder": str(self.folder)}})
+        self.error = NotNow("The model's process did not answer any more.", hint="Ask again: another one starts.")
+        self.kill()
+
     async def _lines(self) -> None:
         stdout = self.process.stdout
         assert stdout is not None
         pieces: list[bytes] = []
         size = 0
         while data := await stdout.read(2**16):
+            self.pings = 0
             *lines, last = data.split(b"\n")
             if lines:
                 lines[0], pieces, size = b"".join([*pieces, lines[0]]), [], 0
@@ -173,7 +191,7 @@ class _Replica:
             self._started(value)
         elif isinstance(value.get("id"), str):
             self._part(value)
-        else:
+        elif "alive" not in value:
             log.warning(
                 "A replica complains.", extra={"fields": {"folder": str(self.folder), "line": str(value)[:500]}}
             )

@@ -2,7 +2,9 @@
 stdout. A replica is a process with one base model in memory and any number of adapters over it.
 
     to the replica     {"do": "generate", ...Ask}   {"do": "cancel", "id": ID}   {"do": "stats", "id": ID}
+                       {"do": "ping"}, at any time
     from the replica   {"ready": true, ...}  once the base is loaded, then  {"id": ID, ...}  parts of answers
+                       {"alive": true}  to a ping, also while the base is being loaded
 
 Tokens only: rendering, text, stop strings and tool calls are the door's, through the same Renderer that trained.
 Does not know: HTTP, torch, chat templates.
