@@ -22,6 +22,7 @@ from luthier.cli.evaluate import evaluate
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
 from luthier.cli.prepare import prepare
 from luthier.cli.serve import serve, worker
+from luthier.cli.split import split
 from luthier.cli.train import train
 from luthier.spec.errors import BadData, Broken, LuthierError, UserError
 
@@ -40,6 +41,7 @@ app.command()(chat)
 app.command()(evaluate)
 app.command()(data.tokenize)
 data.app.command("prepare")(prepare)
+data.app.command("split")(split)
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
 app.command()(serve)

@@ -82,7 +82,7 @@ def read_examples(path: Path, on_bytes: OnBytes | None = None) -> Iterator[Examp
     if is_plain_text(path):
         yield from _plain_text(path, on_bytes)
         return
-    reader = _Reader(path.name)
+    reader = Reader(path.name)
     for item in read_records(path, on_bytes):
         if isinstance(item, Problem):
             yield item
@@ -121,8 +121,8 @@ def _looks_like_json(text: str) -> bool:
         return False
 
 
-class _Reader:
-    """What must be remembered over a file: its format, and the keys that no rule knows."""
+class Reader:
+    """Records of one file to Examples. It remembers the file's format, and the keys that no rule knows."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -276,23 +276,28 @@ def _sharegpt(value: dict[str, Any], findings: Findings) -> Example:
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
         messages = read_messages(turns, at, findings)
     else:
-        messages = _Turns(findings).read(turns, at)
+        messages = read_sharegpt_turns(turns, at, findings)
     check_turns(messages, at, findings)
     system = text_at(value, "system", "", findings, optional=True)
     if system and any(message.role == "system" for message in messages):
         findings.error("system", "a system text beside a system turn", "one of the two")
     if system:
         messages.insert(0, Message("system", system))
-    return Chat(tuple(messages), _sharegpt_tools(value.get("tools"), findings))
+    return Chat(tuple(messages), read_sharegpt_tools(value.get("tools"), findings))
 
 
-def _sharegpt_tools(value: Any, findings: Findings) -> tuple[dict[str, Any], ...]:
+def read_sharegpt_tools(value: Any, findings: Findings) -> tuple[dict[str, Any], ...]:
     """A list, or JSON text of one ("" is none); functions without the wrapper of a tool get it."""
     if isinstance(value, str):
         value = json_text(value, "tools", findings) if value.strip() else None
         if value is MISSING:
             return ()
     return read_tools(value, "tools", findings, bare=True)
+
+
+def read_sharegpt_turns(value: Any, at: str, findings: Findings) -> list[Message]:
+    """A list of from/value turns."""
+    return _Turns(findings).read(value, at)
 
 
 class _Turns:

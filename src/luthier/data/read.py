@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -38,22 +38,28 @@ _SAVE_AS_UTF8 = "Save the file again as UTF-8 (in an editor: Save with encoding;
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record: a JSON value, or a block of plain text (str). `line` is physical, `row` counts records; from 1."""
+    """One record: a JSON value, or a block of plain text (str). `line` is physical, `row` counts records; from 1.
+
+    `raw` is its bytes as they stand in the file (a line without its line feed, an element of an array without the
+    comma), when they were asked for.
+    """
 
     line: int
     row: int
     value: Any
+    raw: bytes = field(default=b"", compare=False, repr=False)
 
 
 def is_plain_text(path: Path) -> bool:
     return path.suffix.lower() == ".txt"
 
 
-def read_records(path: Path, on_bytes: OnBytes | None = None) -> Iterator[Record | Problem]:
+def read_records(path: Path, on_bytes: OnBytes | None = None, *, keep_raw: bool = False) -> Iterator[Record | Problem]:
     """Every record of `path` in order, with a Problem in place of each that cannot be read.
 
-    `on_bytes(done, total)` is called about every quarter MiB and once at the end. Raises NotFound, on the first
-    step, when there is no such file or it cannot be opened.
+    `on_bytes(done, total)` is called about every quarter MiB and once at the end; `keep_raw` fills Record.raw, except
+    of plain text, whose value says it all. Raises NotFound, on the first step, when there is no such file or it cannot
+    be opened.
     """
     with _open(path) as handle:
         head = handle.read(_HEAD)
@@ -63,7 +69,7 @@ def read_records(path: Path, on_bytes: OnBytes | None = None) -> Iterator[Record
             return
         start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
         handle.seek(start)
-        source = _Source(handle, path, start, on_bytes)
+        source = _Source(handle, path, start, on_bytes, keep_raw)
         first = head[start:].lstrip(_BLANK)
         if is_plain_text(path):
             yield from _text_blocks(source)
@@ -97,12 +103,15 @@ def _open(path: Path) -> BufferedReader:
 class _Source:
     """The open file, how far it has been read, and whom to tell."""
 
-    def __init__(self, handle: BufferedReader, path: Path, start: int, on_bytes: OnBytes | None) -> None:
+    def __init__(
+        self, handle: BufferedReader, path: Path, start: int, on_bytes: OnBytes | None, keep_raw: bool
+    ) -> None:
         self.handle = handle
         self.name = path.name
         self.total = path.stat().st_size
         self.offset = start
         self.on_bytes = on_bytes
+        self.keep_raw = keep_raw
         self._told = 0
 
     def line(self) -> tuple[bytes, int]:
@@ -219,7 +228,8 @@ def _lines(source: _Source) -> Iterator[Record | Problem]:
 
 def _record(source: _Source, raw: bytes, number: int, row: int, start: int) -> Record | Problem:
     try:
-        return Record(number, row, parse_json(raw.rstrip(_BLANK).decode("utf-8")))
+        value = parse_json(raw.rstrip(_BLANK).decode("utf-8"))
+        return Record(number, row, value, raw.removesuffix(b"\n") if source.keep_raw else b"")
     except UnicodeDecodeError as error:
         return source.not_utf8(number, row, start + error.start, raw[error.start])
     except JsonFault as fault:
@@ -265,6 +275,7 @@ class _Values:
         self.line = 1
         self.column = 1
         self.row = 0
+        self.raw = b""
 
     def records(self) -> Iterator[Record | Problem]:
         if self.array:
@@ -282,7 +293,7 @@ class _Values:
                     return
                 self.at = fault.end
             else:
-                yield Record(line, self.row, value)
+                yield Record(line, self.row, value, self.raw)
             if self.array and (wrong := self._step_over_comma()):
                 yield wrong
                 return
@@ -326,7 +337,10 @@ class _Values:
         while True:
             found = scan_partial(self.buffer, self.at, final=self.decoded.ended and not self.decoded.fault)
             if found is not None:
-                value, self.at = found
+                value, end = found
+                if self.source.keep_raw:
+                    self.raw = self.buffer[self.at : end].encode()
+                self.at = end
                 return value
             if len(self.buffer) - self.at > MAX_RECORD:
                 raise JsonFault(

@@ -72,6 +72,21 @@ Example = Chat | Completion | Text
 
 
 @dataclass(frozen=True, slots=True)
+class Preference:
+    """A conversation up to a question, and two ways to go on: one that is preferred, and one that is not.
+
+    Each answer is assistant messages, with the tool results between them if there are calls.
+    """
+
+    prompt: tuple[Message, ...]
+    preferred: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    line: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One finding in a data file.
 
