@@ -1,7 +1,7 @@
 # The commands of this repository. `make` alone lists them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint format demo docs lock size clean
+.PHONY: help setup test lint format demo docs bench lock size clean
 
 VENV   := .venv
 RUN    := $(VENV)/bin/python
@@ -56,6 +56,12 @@ demo: setup ## fine-tune a real model on this machine and see whether it helped
 docs: setup ## write docs/cli.md from the code
 	$(RUN) -m luthier.cli.reference > docs/cli.md.new
 	mv docs/cli.md.new docs/cli.md
+
+# All of it takes hours. CASE="S1 S3", PEERS="flat trl-tuned", STAGE="gate time target ladder report", ROUNDS and SERIES
+# choose; what was cut off goes on where it was. LAUNCHER is a command that every run is started through.
+bench: setup ## fine-tuning beside other trainers: writes docs/benchmarks.md
+	$(RUN) -m benchmarks.training --launcher "$(LAUNCHER)" $(if $(CASE),--case "$(CASE)") $(if $(PEERS),--peers "$(PEERS)") \
+	  $(if $(STAGE),--stage "$(STAGE)") $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SERIES),--series $(SERIES))
 
 # Exact versions only. The index, folders and constraint files of the machine that resolved them stay out, and so does
 # torch's local build tag: "torch==2.13.0" is whichever build the installing machine offers.

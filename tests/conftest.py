@@ -45,3 +45,11 @@ def smollm2() -> Path:
         return catalogue.resolve("smollm2-135m-instruct")
     except NotNow as error:
         pytest.skip(f"no source of smollm2-135m-instruct answers: {error}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests wish to tell without asserting it: their property `told`."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "told":
+                terminalreporter.write_line(str(value))

@@ -1,0 +1,75 @@
+"""`make bench`: fine-tuning beside other trainers, on the same rows, in one run on the same machine.
+
+    python -m benchmarks.training [--case "S1 S3"] [--peers "flat trl-tuned"] [--rounds 5]
+
+First the gate for everybody, then times in turn, then docs/benchmarks.md and its plot. Every run is a process of its
+own whose result is a file, so what was cut off goes on where it was. Does not know: how any of that is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from benchmarks.training import ladder, report, runs, stages
+from benchmarks.training.systems import SYSTEMS
+from benchmarks.training.workloads import CASES
+
+STAGES = ("gate", "time", "target", "ladder", "report")
+DEFAULT_STAGES = ("gate", "time", "report")
+
+
+def words(text: str) -> list[str]:
+    return text.replace(",", " ").split()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--case", type=words, default=list(CASES), help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("--peers", type=words, default=list(SYSTEMS), help=f"of {', '.join(SYSTEMS)}; default: all")
+    parser.add_argument("--stage", type=words, default=list(DEFAULT_STAGES), help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=60, help="of a timed run; it finishes the step it is in")
+    parser.add_argument("--steps", type=int, default=20, help="of the stage target")
+    parser.add_argument("--without", type=words, default=list(ladder.RUNGS), help="rungs of the stage ladder")
+    parser.add_argument("--series", default="", help="name of the times taken; default: after the engine's sources")
+    parser.add_argument("--folder", type=Path, default=runs.ROOT / ".bench", help="where runs are kept")
+    parser.add_argument("--launcher", default="", help="a command to start every run through, such as taskset -c 0,1")
+    options = parser.parse_args()
+    for name, given, known in (
+        ("--case", options.case, CASES),
+        ("--peers", options.peers, SYSTEMS),
+        ("--stage", options.stage, STAGES),
+        ("--without", options.without, ladder.RUNGS),
+    ):
+        strange = sorted(set(given) - set(known))
+        if strange:
+            parser.error(f"{name}: found {', '.join(strange)}; wanted some of {', '.join(known)}")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    place = runs.Place(options.folder.absolute(), options.launcher)
+    series = options.series or runs.engine_code()
+    peers = [name for name in SYSTEMS if name in {"luthier", *options.peers}]
+    stages.say(f"series {series}, load before: {os.getloadavg()[0]:.1f}")
+    for name in options.case:
+        case = CASES[name]
+        systems = [system for system in map(SYSTEMS.__getitem__, peers) if system.fits(case)]
+        if "gate" in options.stage:
+            for system in systems:
+                stages.prove(place, case, system)
+        if "time" in options.stage:
+            stages.take_turns(place, case, systems, series, options.rounds, options.seconds)
+        if "target" in options.stage:
+            stages.to_target(place, case, systems, series, options.steps)
+        if "ladder" in options.stage:
+            stages.climb(place, case, series, options.without, options.seconds)
+    if "report" in options.stage:
+        report.write(place, series, runs.ROOT / "docs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What this machine can do at most: matrix products of a step's own shapes, and memory traffic. Writes result.json.
+
+The ceiling is the best of several tries of each shape, and of the shapes the best, in GFLOP/s.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.training.drivers import job as jobs
+
+ROWS = 2048
+TRIES = 12
+
+
+def best(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+    """GFLOP/s of [rows, inner] x [inner, columns], the fastest of TRIES."""
+    left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+    fastest = float("inf")
+    for _ in range(TRIES):
+        begun = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        fastest = min(fastest, time.perf_counter() - begun)
+    return 2 * rows * inner * columns / fastest / 1e9
+
+
+def triad() -> float:
+    """GB/s of a = b + s * c over arrays that no cache holds."""
+    size = 32 * 1024 * 1024
+    one, other, out = torch.ones(size), torch.ones(size), torch.empty(size)
+    fastest = float("inf")
+    for _ in range(TRIES):
+        begun = time.perf_counter()
+        torch.add(one, other, alpha=3.0, out=out)
+        fastest = min(fastest, time.perf_counter() - begun)
+    return 3 * 4 * size / fastest / 1e9
+
+
+def main() -> None:
+    job = jobs.read()
+    config = json.loads((Path(job.model) / "config.json").read_text(encoding="utf-8"))
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    shapes = [(ROWS, hidden, inner), (ROWS, inner, hidden), (ROWS, hidden, hidden)]
+    record = jobs.Record(job)
+    record.notes |= {
+        "bfloat16": max(best(*shape, torch.bfloat16) for shape in shapes),
+        "float32": max(best(*shape, torch.float32) for shape in shapes),
+        "gigabytes": triad(),
+        "torch": torch.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+    record.begin()
+    record.finish()
+
+
+if __name__ == "__main__":
+    main()

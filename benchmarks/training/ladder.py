@@ -1,0 +1,65 @@
+"""The ablation ladder: the engine with one of its parts turned off, the rest as it is.
+
+Each rung replaces something of the engine, in this process alone, by what a plain trainer does there. A rung that an
+engine does not have any more fails loudly, for its replacement finds nothing to replace.
+Does not know: time, gates. (A rung must pass the gate as everything else does.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+
+def _sharing(stack: ExitStack) -> None:
+    """Every row keeps its own copy of a prefix: plain packing."""
+    from luthier.engine import forest
+
+    never = 1 << 30
+    plan, build = forest.plan, forest.build
+    stack.enter_context(mock.patch.object(forest, "plan", lambda rows, budget, *_: plan(rows, budget, never)))
+    stack.enter_context(
+        mock.patch.object(forest, "build", lambda rows, sequences=None, *_: build(rows, sequences, never))
+    )
+
+
+def _blocks(stack: ExitStack) -> None:
+    """Attention by one dense mask over the whole forest instead of causal and rectangular blocks."""
+    from luthier.engine import attention
+
+    class Dense:
+        @staticmethod
+        def apply(query: Any, key: Any, value: Any, plan: Any, scale: float) -> Any:
+            found, window = plan
+            return attention.masked_attention(query, key, value, found.dense(window), scale)
+
+    stack.enter_context(mock.patch.object(attention, "_ForestAttention", Dense))
+    stack.enter_context(mock.patch.object(attention.Plan, "blocks", lambda self, window, dtype: (self, window)))
+
+
+def _packing(stack: ExitStack) -> None:
+    """One row in a forward pass."""
+    from luthier.engine import forest
+
+    stack.enter_context(mock.patch.object(forest, "plan", lambda rows, *_: [[index] for index in range(len(rows))]))
+
+
+def _bfloat16(stack: ExitStack) -> None:
+    """Weights and activations in float32."""
+    from luthier.engine import models
+
+    stack.enter_context(mock.patch.object(models, "default_precision", return_value="float32"))
+
+
+RUNGS = {"sharing": _sharing, "blocks": _blocks, "packing": _packing, "bfloat16": _bfloat16}
+
+
+@contextmanager
+def without(names: Sequence[str]) -> Iterator[None]:
+    """Inside, the engine lacks the named parts. Raises KeyError for a name that is no rung."""
+    with ExitStack() as stack:
+        for name in names:
+            RUNGS[name](stack)
+        yield

@@ -1,0 +1,187 @@
+"""docs/benchmarks.md, its JSON and its plot, from the figures of a series. Nothing in them is written by hand.
+
+Does not know: how figures come about (figures.py), what is worth claiming.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training import environments, figures, gate, ratios
+from benchmarks.training.figures import Found
+from benchmarks.training.runs import ROOT, Place
+from benchmarks.training.systems import HERE, SYSTEMS
+
+METHOD = f"""\
+Equal work is defined by rows and labels: every trainer gets the same token ids and the same mask, in the same order,
+the same LoRA (r 16, alpha 32, every linear layer but the head, no dropout) starting from the same numbers, AdamW at a
+constant rate, gradients clipped at 1. Each runs in its own environment, with the versions in
+`benchmarks/training/requirements/`.
+
+**The gate.** Before a time is shown, a trainer takes a few steps of the case, two micro-batches each, beside a float32
+reference that computes one row at a time. The first loss must be within {gate.LOSS:.0e} of the reference's,
+its gradients as one vector must have a cosine above {gate.COSINE}, none may be zero, and the held-out loss afterwards,
+measured for everybody by one float32 model, must be within {gate.HELD_OUT:.0%} of the way that the reference's has
+fallen. Who fails is listed without a time.
+
+**Times.** A process of its own for each run, in turning order (A B C, C B A, ...), with the machine's matrix ceiling
+measured in every round. A step's time includes taking rows, planning, collating and the optimizer; loading and
+tokenising are not in it. Ratios are medians over rounds of the two times of a round, with a bootstrapped 95 % interval.
+MFU counts what a step cannot do without: physical with shared prefixes once, effective with each row alone; both
+against the ceiling of the same rounds. A trainer whose step does not end within a run is timed by its finished
+micro-batches.
+"""
+HEAD = (
+    "",
+    "slower than Luthier",
+    "s a step",
+    "tokens/s",
+    "learnt/s",
+    "MFU physical",
+    "MFU effective",
+    "tree",
+    "GB",
+    "cold s",
+)
+
+
+def write(place: Place, series: str, docs: Path) -> None:
+    """Write benchmarks.md, benchmarks.json and benchmarks.svg into `docs`. Raises SystemExit when nothing was timed."""
+    found = figures.of_series(place, series)
+    if not found["cases"]:
+        raise SystemExit(f"The series {series} has no times yet.")
+    note = docs / "benchmarks.json"
+    note.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (docs / "benchmarks.md").write_text(page(found), encoding="utf-8")
+    python = environments.python_of(HERE / "requirements" / "plot.txt", place.folder / "peers")
+    drawing = [str(python), "-m", "benchmarks.training.drivers.plot", str(note), str(docs / "benchmarks.svg")]
+    subprocess.run(drawing, cwd=ROOT, check=True)
+
+
+def page(found: Found) -> str:
+    """The whole of benchmarks.md."""
+    parts = [
+        "# Training beside other trainers\n",
+        f"Made by `make bench` on {found['date']} (UTC); do not edit. Series `{found['series']}`.\n",
+        "![Logical tokens a second](benchmarks.svg)\n",
+        *(_case(case) for case in found["cases"]),
+        "## Method\n",
+        METHOD,
+        "## What was tuned\n",
+        _tuning(found),
+    ]
+    return "\n".join(parts)
+
+
+def _case(case: Found) -> str:
+    ceiling = case["ceiling"]
+    machine = (
+        f"Ceiling in these rounds: {ceiling['bfloat16']:.0f} GFLOP/s bfloat16, {ceiling['float32']:.0f} float32, "
+        f"{ceiling['gigabytes']:.0f} GB/s; torch {case['torch']}, {case['threads']} threads."
+        if ceiling
+        else "The ceiling was not measured."
+    )
+    work = (
+        f"{case['model']}, {'all weights' if case['full'] else 'LoRA'}, {case['rows_per_step']} rows a step: "
+        f"{case['logical_tokens']:,} tokens, {case['supervised_tokens']:,} learnt, {case['physical_tokens']:,} with "
+        "shared prefixes once."
+    )
+    lines = [
+        f"## {case['case']}: {case['title']}\n",
+        f"{work} {machine}\n",
+        "| " + " | ".join(HEAD) + " |",
+        "|---" * len(HEAD) + "|",
+        *(_row(line) for line in case["systems"]),
+        "",
+        *_gates(case["systems"]),
+        *_target(case["target"]),
+        *_ladder(case["ladder"]),
+    ]
+    return "\n".join(lines)
+
+
+def _row(line: Found) -> str:
+    if not line["gate"]["passed"]:
+        return f"| {line['title']} | failed the gate |" + " |" * 8
+    if "seconds_per_step" not in line:
+        return f"| {line['title']} | not timed |" + " |" * 8
+    ratio = line["ratio"]
+    shown = "" if line["system"] == "luthier" or ratio is None else str(ratios.Ratio(**ratio))
+    cells = [
+        line["title"],
+        shown,
+        f"{line['seconds_per_step']:.2f}",
+        f"{line['tokens_per_second']:.0f}",
+        f"{line['supervised_per_second']:.0f}",
+        _share(line["mfu_physical"]),
+        _share(line["mfu_effective"]),
+        f"{line['tree_ratio']:.2f}",
+        f"{line['peak_bytes'] / 1e9:.1f}",
+        f"{line['cold_start']:.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _gates(lines: list[Found]) -> list[str]:
+    """What everybody showed at the gate, and where a time is not a median of whole steps."""
+    said = ["| gate | first loss off by | cosine | worst tensor | held-out loss off by |", "|---|---|---|---|---|"]
+    notes = []
+    for line in lines:
+        verdict = line["gate"]
+        if "cosine" in verdict:
+            said.append(
+                f"| {line['title']} | {verdict['loss_distance']:.1e} | {verdict['cosine']:.5f} | "
+                f"{verdict['worst_cosine']:.4f} | {verdict['held_out_distance']:.4f} |"
+            )
+        notes += [f"* {line['title']} failed the gate: {failure}." for failure in verdict["failures"]]
+        if "how" in line and not line["how"].startswith("median"):
+            notes.append(f"* {line['title']}: timed by {line['how']}.")
+    return [*said, "", *notes, ""]
+
+
+def _target(lines: list[Found]) -> list[str]:
+    """Seconds to the held-out loss that everybody reached, loading included nowhere."""
+    if not lines:
+        return []
+    target = max(min(line["losses"]) for line in lines)
+    said = [
+        f"Time to a held-out loss of {target:.3f} (from {lines[0]['losses'][0]:.3f}):\n",
+        "| | seconds |",
+        "|---|---|",
+    ]
+    for line in lines:
+        seconds = figures.to_reach(line, target)
+        said.append(f"| {SYSTEMS[line['system']].title} | {'never' if seconds is None else f'{seconds:.0f}'} |")
+    return [*said, ""]
+
+
+def _ladder(lines: list[Found]) -> list[str]:
+    if not lines:
+        return []
+    return [
+        "What each part gives: the engine without it, the rest as it is.\n",
+        "| without | takes | peak GB |",
+        "|---|---|---|",
+        *(
+            f"| {line['without']} | {ratios.Ratio(**line['ratio'])} | {line['peak_bytes'] / 1e9:.1f} |"
+            for line in lines
+        ),
+        "",
+    ]
+
+
+def _tuning(found: Found) -> str:
+    seen = {line["system"] for case in found["cases"] for line in case["systems"]}
+    lines = []
+    for name, system in SYSTEMS.items():
+        if name in seen:
+            micro: Any = ", ".join(f"{count} rows ({shape})" for shape, count in system.micro.items())
+            lines.append(f"* **{system.title}**: {system.tuning}" + (f"; micro-batch {micro}." if micro else "."))
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,136 @@
+"""The stages of the benchmark: the gate, times in turn, time to a target, the ladder. Each is a walk over runs.
+
+Everything is read from and written to the folder of runs.py, so a stage that is called again only does what is missing.
+Does not know: the command line, how results are shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training import gate, ratios, runs
+from benchmarks.training.runs import Ask, Place
+from benchmarks.training.systems import REFERENCE, SYSTEMS, System
+from benchmarks.training.workloads import HASHES, Case
+
+CEILING = System("ceiling", "matrix ceiling", "ceiling", "", "", "")
+RUNG_ROUNDS = 2
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+def gate_folder(place: Place, case: Case, system: System) -> Path:
+    """Named by all that a verdict depends on."""
+    driver = runs.code(f"drivers/{system.driver}.py", "drivers/job.py", "drivers/start.py", "drivers/judge.py")
+    rows = HASHES[case.shape, case.model][:12]
+    return place.folder / "gate" / f"{case.name}-{rows}" / f"{system.name}-{runs.version(system)}-{driver}"
+
+
+def prove(place: Place, case: Case, system: System) -> dict[str, Any]:
+    """The verdict on a system: {"passed": bool, "failures": [...], figures}. Carried out unless it is there."""
+    out = gate_folder(place, case, system)
+    verdict = runs.load(out / "verdict.json")
+    if verdict is None:
+        verdict = _verdict(place, case, system, out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "verdict.json").write_text(json.dumps(verdict, indent=1), encoding="utf-8")
+    say(f"{case.name} {system.name}: " + ("passed" if verdict["passed"] else "; ".join(verdict["failures"])))
+    return verdict
+
+
+def _proof(place: Place, case: Case, system: System) -> tuple[dict[str, Any], dict[str, float]] | str:
+    """(result, held-out losses) of the gate's run of a system; or why there is none."""
+    out, micro = gate_folder(place, case, system), max(1, case.gate_rows // 2)  # two micro-batches in a step
+    ask = Ask(case.gate_rows, case.gate_steps, 1 if system is REFERENCE else micro, 3600, True, case.gate_steps)
+    result = runs.do(place, case, system, out, ask)
+    if result is None:
+        return f"its process failed: {runs.last_words(out)}"
+    losses = runs.judged(place, out)
+    return (result, losses) if losses else f"what it learnt cannot be used: {runs.last_words(out)}"
+
+
+def _verdict(place: Place, case: Case, system: System, out: Path) -> dict[str, Any]:
+    reference = _proof(place, case, REFERENCE)
+    if isinstance(reference, str):
+        raise SystemExit(f"{case.name}: the reference {reference}")
+    found = _proof(place, case, system)
+    if isinstance(found, str):
+        return {"passed": False, "failures": [found]}
+    from safetensors.numpy import load_file
+
+    last = str(case.gate_steps)
+    verdict = gate.judge(
+        losses=found[0]["losses"],
+        gradients=load_file(out / "gradients.safetensors"),
+        held_out=found[1][last],
+        reference_losses=reference[0]["losses"],
+        reference_gradients=load_file(gate_folder(place, case, REFERENCE) / "gradients.safetensors"),
+        reference_held_out=reference[1][last],
+        start_held_out=reference[1]["0"],
+    )
+    (out / "gradients.safetensors").unlink()
+    return {"passed": verdict.passed, **asdict(verdict)}
+
+
+# -- times -------------------------------------------------------------------------------------------------------------
+
+
+def series_folder(place: Place, series: str, case: Case) -> Path:
+    return place.folder / "times" / series / case.name
+
+
+def take_turns(place: Place, case: Case, systems: Sequence[System], series: str, rounds: int, seconds: float) -> None:
+    """Rounds of one process for each system that the gate let through, in turning order, and the ceiling in each."""
+    able = [system for system in systems if prove(place, case, system)["passed"]]
+    for number in range(rounds):
+        for name in ratios.order([CEILING.name, *(system.name for system in able)], number):
+            system = CEILING if name == CEILING.name else SYSTEMS[name]
+            out = series_folder(place, series, case) / f"round-{number + 1}" / name
+            ask = Ask(case.rows_per_step, case.steps, system.micro.get(case.shape, 0), seconds)
+            result = runs.do(place, case, system, out, ask)
+            say(f"{case.name} round {number + 1} {name}: {_in_words(result, out)}")
+
+
+def _in_words(result: dict[str, Any] | None, out: Path) -> str:
+    if result is None:
+        return f"failed: {runs.last_words(out)}"
+    if "bfloat16" in result:
+        return f"{result['bfloat16']:.0f} GFLOP/s bfloat16, {result['float32']:.0f} float32"
+    time, how = ratios.step_time(result["step_seconds"], result["unfinished"], result["rows_per_step"])
+    return f"{time:.2f} s a step ({how}), {result['peak_bytes'] / 1e9:.1f} GB"
+
+
+# -- time to a target --------------------------------------------------------------------------------------------------
+
+
+def to_target(place: Place, case: Case, systems: Sequence[System], series: str, steps: int) -> None:
+    """One long run for each system, held-out loss after every other step; the clock stands still while it is kept."""
+    for system in systems:
+        out = series_folder(place, series, case) / "target" / system.name
+        ask = Ask(case.rows_per_step, steps, system.micro.get(case.shape, 0), 36_000, keep_every=2)
+        result = runs.do(place, case, system, out, ask)
+        losses = runs.judged(place, out) if result else None
+        say(f"{case.name} target {system.name}: {losses if losses else 'failed: ' + runs.last_words(out)}")
+
+
+# -- the ladder --------------------------------------------------------------------------------------------------------
+
+
+def climb(place: Place, case: Case, series: str, rungs: Sequence[str], seconds: float) -> None:
+    """The engine as it is and with each part turned off, in turn."""
+    ours = SYSTEMS["luthier"]
+    for number in range(RUNG_ROUNDS):
+        for name in ratios.order(["all", *rungs], number):
+            out = series_folder(place, series, case) / "ladder" / f"round-{number + 1}" / name
+            without = () if name == "all" else (name,)
+            result = runs.do(place, case, ours, out, Ask(case.rows_per_step, case.steps, 0, seconds, without=without))
+            say(f"{case.name} without {name}: {_in_words(result, out)}")

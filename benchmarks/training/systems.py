@@ -1,0 +1,108 @@
+"""Who takes part: each trainer with each setting, its environment, and what "tuned" came to.
+
+`micro` is rows in a micro-batch per case shape, found by trying 1, 2, 4, 8 and 16 on this kind of machine (two cores);
+0 leaves the trainer's own default. Does not know: how a run is started.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.training.workloads import GEMMA, Case
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class System:
+    """One line of a table. `environment` "" is Luthier's own."""
+
+    name: str
+    title: str
+    driver: str
+    setting: str
+    environment: str
+    tuning: str
+    micro: dict[str, int] = field(default_factory=dict)
+    gemma: bool = True  # can train Gemma here
+    full: bool = True  # can train every weight here
+
+    @property
+    def requirements(self) -> Path:
+        return HERE / "requirements" / f"{self.environment}.txt"
+
+    def fits(self, case: Case) -> bool:
+        return (self.full or not case.full) and (self.gemma or case.model != GEMMA)
+
+
+MICRO = {"shared": 4, "turns": 4, "short": 8, "text": 1}
+
+SYSTEMS: dict[str, System] = {
+    system.name: system
+    for system in (
+        System("luthier", "Luthier", "luthier_engine", "tuned", "", "nothing: as `luthier train` runs"),
+        System(
+            "flat",
+            "flat loop tuned by hand",
+            "flat",
+            "tuned",
+            "huggingface",
+            "bfloat16 weights and adapters with float32 masters, maskless SDPA, head at learnt positions in one pass, "
+            "no checkpointing, rows of a step sorted by length",
+            MICRO,
+        ),
+        System(
+            "trl-tuned",
+            "TRL 1.16, tuned",
+            "trl_sft",
+            "tuned",
+            "huggingface",
+            "bfloat16 weights and adapters, no checkpointing, SDPA, rows of a step sorted by length; packing is off: "
+            "TRL knows it to be sound with FlashAttention alone",
+            MICRO,
+        ),
+        System("trl", "TRL 1.16", "trl_sft", "default", "huggingface", "nothing: `SFTConfig()`"),
+        System(
+            "trainer-tuned",
+            "Trainer + PEFT, tuned",
+            "trainer",
+            "tuned",
+            "huggingface",
+            "bfloat16 weights and adapters, SDPA, rows of a step sorted by length",
+            MICRO,
+        ),
+        System(
+            "trainer", "Trainer + PEFT", "trainer", "default", "huggingface", "nothing: `TrainingArguments(bf16=True)`"
+        ),
+        System(
+            "llamafactory-tuned",
+            "LLaMA-Factory 0.9.5, tuned",
+            "llamafactory_sft",
+            "tuned",
+            "llamafactory",
+            "no checkpointing, SDPA, rows of a step sorted by length; its `pure_bf16` is refused without a GPU",
+            MICRO,
+        ),
+        System(
+            "llamafactory",
+            "LLaMA-Factory 0.9.5",
+            "llamafactory_sft",
+            "default",
+            "llamafactory",
+            "nothing: its LoRA example",
+        ),
+        System(
+            "torchtune-tuned",
+            "torchtune 0.6.1, tuned",
+            "torchtune_lora",
+            "tuned",
+            "torchtune",
+            "bfloat16 throughout (its default), no checkpointing, rows of a step sorted by length",
+            MICRO,
+            gemma=False,
+            full=False,
+        ),
+    )
+}
+REFERENCE = System("reference", "float32 reference, a row at a time", "flat", "reference", "", "", {})

@@ -1,0 +1,77 @@
+"""A small case of the benchmark: the engine beside a hand-tuned flat loop, on the same rows.
+
+The gate is asserted. Times are told at the end of the test run and never asserted, for a test machine has neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from benchmarks.training import gate, ratios, workloads
+from benchmarks.training.drivers import flat, judge, luthier_engine, start
+from benchmarks.training.drivers import job as jobs
+from safetensors.numpy import load_file
+
+from tests.benchmarks.test_workloads import a_job
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def place(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows of S3 and the adapter to start from."""
+    folder = tmp_path_factory.mktemp("speed")
+    workload = workloads.make(workloads.CASES["S3"], smollm2 / "tokenizer.json")
+    workload.held_out = workload.held_out[:6]
+    workloads.save(workload, folder / "rows.safetensors")
+    start.make(str(smollm2), folder / "adapter")
+    return folder
+
+
+def job_of(place: Path, smollm2: Path, name: str, setting: str) -> jobs.Job:
+    (place / name).mkdir()
+    return a_job(
+        place,
+        model=str(smollm2),
+        adapter=str(place / "adapter"),
+        out=str(place / name),
+        setting=setting,
+        rows_per_step=4,
+        steps=STEPS,
+        micro=2,
+        rate=5e-4,
+        gradients=True,
+        keep_every=STEPS,
+    )
+
+
+def test_the_engine_trains_as_a_flat_loop_does(
+    place: Path, smollm2: Path, record_property: Callable[[str, object], None]
+) -> None:
+    found = {}
+    for name, driver, setting in (
+        ("reference", flat, "reference"),
+        ("flat", flat, "tuned"),
+        ("luthier", luthier_engine, "tuned"),
+    ):
+        job = job_of(place, smollm2, name, setting)
+        record = driver.train(job)
+        found[name] = job, record, judge.losses(job), load_file(Path(job.out) / "gradients.safetensors")
+    _, wanted, wanted_losses, wanted_gradients = found["reference"]
+    for name in ("flat", "luthier"):
+        _, record, losses, gradients = found[name]
+        verdict = gate.judge(
+            losses=record.losses,
+            gradients=gradients,
+            held_out=losses[str(STEPS)],
+            reference_losses=wanted.losses,
+            reference_gradients=wanted_gradients,
+            reference_held_out=wanted_losses[str(STEPS)],
+            start_held_out=wanted_losses["0"],
+        )
+        assert verdict.passed, (name, verdict.failures)
+    times = {name: ratios.step_time(record.steps, None, 4)[0] for name, (_, record, _, _) in found.items()}
+    said = f"luthier {times['luthier']:.2f} s a step, {times['flat'] / times['luthier']:.2f} x as fast as a flat loop"
+    record_property("told", f"S3 in small: {said}")
