@@ -30,7 +30,8 @@ def say(*words: object) -> None:
 
 def gate_folder(place: Place, case: Case, system: System) -> Path:
     """Named by all that a verdict depends on."""
-    driver = runs.code(f"drivers/{system.driver}.py", "drivers/job.py", "drivers/start.py", "drivers/judge.py")
+    shared = ["job", "start", "judge", "flat", *(["callback"] if system.environment else [])]
+    driver = runs.code(*(f"drivers/{name}.py" for name in dict.fromkeys([system.driver, *shared])))
     rows = HASHES[case.shape, case.model][:12]
     return place.folder / "gate" / f"{case.name}-{rows}" / f"{system.name}-{runs.version(system)}-{driver}"
 
