@@ -234,7 +234,7 @@ def test_arguments_as_text_and_as_an_object_are_the_same(
         call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
         ask(client, messages=[*HELLO, {"role": "assistant", "tool_calls": [call]}, *HELLO])
     assert router.asks[0][1].prompt == router.asks[1][1].prompt
-    call["function"]["arguments"] = "{bad"
+    call["function"]["arguments"] = 5
     status, param, _ = refused(client, messages=[{"role": "assistant", "tool_calls": [call]}])
     assert (status, param) == (400, "messages[0].tool_calls[0].function.arguments")
 

@@ -188,6 +188,15 @@ def test_what_cannot_be_followed_is_refused(grammar: dict[str, Any], grammars: G
     assert refused.value.code == "invalid_request"
 
 
+def test_a_schema_that_only_means_itself_is_refused_at_the_first_token(grammars: Grammars) -> None:
+    """It compiles, and leaves no token that could come."""
+    circle = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+    matcher = grammars.matcher({"json_schema": circle}, [2])
+    with pytest.raises(UserError, match=r"nothing that could come next\.$") as refused:
+        matcher.forbid(torch.zeros(400))
+    assert refused.value.param == "response_format"
+
+
 def test_a_grammar_without_an_end_is_refused(grammars: Grammars) -> None:
     with pytest.raises(UserError, match="stop id"):
         grammars.matcher({"json_object": True}, [])

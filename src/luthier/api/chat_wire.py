@@ -5,6 +5,7 @@ Does not know: models, tokens, how an answer is made.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -14,6 +15,7 @@ from luthier.api.errors import ApiError
 from luthier.api.inference import Kept, Sampling, refuse
 from luthier.api.tools import Toolbox, toolbox
 from luthier.data.messages import Findings, read_messages
+from luthier.data.strict_json import JsonFault, parse_json
 from luthier.spec.data import Message
 
 MOST_ALTERNATIVES = 20
@@ -197,4 +199,14 @@ def _call(call: Any) -> Any:
 
 
 def _function(value: Any) -> Any:
-    return {key: value[key] for key in ("name", "arguments") if key in value} if isinstance(value, dict) else value
+    """A call as the rules of training files want it. A model's own call may have been cut or wrong, and its client
+    sends it back as it was: arguments that are no JSON become a JSON string of themselves."""
+    if not isinstance(value, dict):
+        return value
+    plain = {key: value[key] for key in ("name", "arguments") if key in value}
+    if isinstance(plain.get("arguments"), str):
+        try:
+            parse_json(plain["arguments"])
+        except JsonFault:
+            plain["arguments"] = json.dumps(plain["arguments"]) if plain["arguments"].strip() else "{}"
+    return plain

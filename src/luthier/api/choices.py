@@ -94,6 +94,9 @@ them; results as user turns between `<tool_response>` tags, if the template know
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`; text that only looks like one, or that names a function
 that was not offered, stays content. In a stream the content comes as it is made and the calls when the answer is whole.
 
+**Calls that come back.** A conversation may repeat a call of the model whose arguments are no JSON, cut off or wrong as
+they were: the model sees them as a string. Training files are held to JSON.
+
 **Forced answers.** `tool_choice` required, or by name, and `response_format` bind the answer by a grammar. White space
 in that JSON is bounded, and at most 4 calls follow each other. An answer that `max_tokens` cuts ends with `length`,
 its last call with the arguments so far.

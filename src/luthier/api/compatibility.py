@@ -24,7 +24,7 @@ EXPIRY = "`anchor` created_at and `seconds` from 3600 to 2592000."
 FILE_FIELDS: Table = {
     "file": ("supported", "Before or after the other parts; with purpose fine-tune it must be lines of JSON objects."),
     "purpose": ("supported", "assistants, batch, evals, fine-tune, user_data, vision."),
-    "expires_after": ("supported", EXPIRY),
+    "expires_after": ("supported", f"{EXPIRY} In brackets, as clients write forms; in other words it is refused."),
     "any other": ("ignored", "Older clients send `model`."),
 }
 UPLOAD_FIELDS: Table = {

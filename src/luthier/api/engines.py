@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import anyio
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from luthier.api.asking import At
 from luthier.api.errors import ApiError
-from luthier.api.limits import replay
+from luthier.api.limits import check_json, replay
 from luthier.api.models import no_such_model
 from luthier.spec.errors import NotFound
 
@@ -67,10 +68,9 @@ def engine_object(name: str, owner: str) -> dict[str, Any]:
 
 async def _with_model(request: Request, engine: str) -> bytes:
     """The body with the engine as its `model`. Raises ApiError 400."""
-    try:
-        body = json.loads(await request.body())
-    except ValueError as error:
-        raise ApiError(400, "We could not parse the JSON body of your request.") from error
+    sent = await request.body()
+    await anyio.to_thread.run_sync(check_json, sent)  # the gate has done so only where the header says JSON
+    body = json.loads(sent)
     if not isinstance(body, dict):
         raise ApiError(400, "The body must be a JSON object, sent with Content-Type: application/json.")
     if body.get("model") not in (None, engine):

@@ -47,15 +47,23 @@ async def _our_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: an unknown path, a method that a path does not have, a body that is no form."""
     assert isinstance(error, HTTPException)
-    path = ascii(request.url.path[:200])[1:-1]
+    path = shown_path(request.url.path)
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        return respond(ApiError(404, f"Invalid URL ({request.method} {path})", headers=headers))
+        return respond(no_such_url(request.method, request.url.path))
     if error.status_code == 405:
         message = f"Not allowed to {request.method} on {path}."
         return respond(ApiError(405, message, code="method_not_supported", headers=headers))
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     return respond(ApiError(error.status_code, str(error.detail), type=kind, headers=headers))
+
+
+def no_such_url(method: str, path: str) -> ApiError:
+    return ApiError(404, f"Invalid URL ({method} {shown_path(path)})")
+
+
+def shown_path(path: str) -> str:
+    return ascii(path[:200])[1:-1]
 
 
 async def _not_valid(request: Request, error: Exception) -> Response:

@@ -27,7 +27,9 @@ from luthier.store.files import File
 router = APIRouter(tags=["files"])
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
+LONGEST_NAME = 4096  # characters: a path, or a URL that a client downloaded from
 EXPIRES_FROM, EXPIRES_TO = 3600, 2_592_000  # seconds: an hour, 30 days
+EXPIRY_FIELDS = ("expires_after[anchor]", "expires_after[seconds]")
 BATCH_EXPIRES = EXPIRES_TO  # what a batch file gets that names nothing
 LEGACY_RESULTS = "compiled_results.csv"
 LEGACY_CLIENT = re.compile(r"OpenAI/v1 PythonBindings/0\.")
@@ -67,10 +69,23 @@ def check_upload_purpose(purpose: str | None) -> str:
     return purpose
 
 
+def check_filename(name: str, param: str) -> str:
+    """`name` when it can be kept as it is. Raises ApiError 400."""
+    if len(name) > LONGEST_NAME:
+        message = f"The name of the file has {len(name):,} characters, wanted at most {LONGEST_NAME:,}."
+        raise ApiError(400, message, param=param)
+    return name
+
+
 def check_expiry(anchor: Any, seconds: Any) -> int | None:
     """The seconds after creation; None when neither is given. Raises ApiError 400."""
     if anchor is None and seconds is None:
         return None
+    for name, value in (("anchor", anchor), ("seconds", seconds)):
+        if value is None:
+            param = f"expires_after.{name}"
+            message = f"Missing required parameter: '{param}'."
+            raise ApiError(400, message, param=param, code="missing_required_parameter")
     if anchor != "created_at":
         raise ApiError(
             400,
@@ -116,10 +131,11 @@ UPLOAD_FORM = {
 async def create_file(request: Request, serve: Serve) -> JSONResponse:
     def keep(form: Form) -> File:
         purpose = check_upload_purpose(form.fields.get("purpose"))
-        expires = check_expiry(form.fields.get("expires_after[anchor]"), form.fields.get("expires_after[seconds]"))
+        expires = check_expiry(*_expiry(form))
         new = form.file
         if new is None:
             raise ApiError(400, "Missing required parameter: 'file'.", param="file", code="missing_required_parameter")
+        check_filename(form.filename, "file")
         if purpose == "fine-tune":
             check_jsonl(pieces_of([opener(new)]))
         if purpose == "batch" and expires is None:
@@ -133,6 +149,17 @@ async def create_file(request: Request, serve: Serve) -> JSONResponse:
     return JSONResponse(
         file_object(await with_form(request, serve.files.blobs, file_field="file", limit=limit, act=keep))
     )
+
+
+def _expiry(form: Form) -> tuple[str | None, str | None]:
+    """(anchor, seconds). Raises ApiError 400 for `expires_after` written in another way: it must not go unheard."""
+    for name in form.fields:
+        if name.startswith("expires_after") and name not in EXPIRY_FIELDS:
+            wanted = " and ".join(EXPIRY_FIELDS)
+            message = f"The form has {name[:80]!a}; an expiry is said in the fields {wanted}."
+            raise ApiError(400, message, param="expires_after")
+    anchor, seconds = (form.fields.get(name) for name in EXPIRY_FIELDS)
+    return anchor, seconds
 
 
 @router.get("/files", summary="List files")
@@ -161,6 +188,8 @@ def list_files(
 
 @router.get("/files/{file_id}/content", summary="A file's content")
 def file_content(file_id: str, request: Request, serve: Serve) -> Response:
+    if b"%2f" in bytes(request.scope.get("raw_path") or b"").lower():  # an id that ends so, not this path
+        raise no_such_file(f"{file_id}/content")
     file, handle = _open(serve, file_id)
     headers = {"x-content-type-options": "nosniff"}
     if _as_base64(file, request.headers.get("user-agent", ""), serve.settings):

@@ -149,10 +149,12 @@ def _read(
             raise ApiError(400, f"The form has more than {FIELDS} parts.")
         if name == file_field:
             if form.file is not None:
-                raise ApiError(400, f"The form has '{file_field}' twice.", param=file_field)
+                raise ApiError(400, f"The form has {file_field!a} twice.", param=file_field)
             form.file = stack.enter_context(blobs.receive(_data(events, limit, too_large)))
             form.filename = filename or "file"
         else:
+            if name in form.fields:
+                raise ApiError(400, f"The form has {name[:80]!a} twice.", param=name[:80])
             content = b"".join(_data(events, FIELD_BYTES, partial(_field_too_long, name)))
             form.fields[name] = _text(name, content)
     return form

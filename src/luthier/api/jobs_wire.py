@@ -5,7 +5,6 @@ Does not know: routes; the store beyond the rows it shows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -45,8 +44,10 @@ def whole(low: int, high: int | None, auto: bool = True) -> Callable[[Any], Any]
     def check(value: Any) -> Any:
         if auto and value == "auto":
             return value
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and math.isfinite(value) and value == int(value) and low <= value and (not high or value <= high):
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if isinstance(value, float) and value.is_integer():  # 3.0 is JSON's 3 to many a client
+            number = True
+        if number and low <= value and (not high or value <= high):
             return int(value)
         raise ValueError(f"found {_shown(value)}, wanted {wanted}")
 

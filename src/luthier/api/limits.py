@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from luthier.api.auth import Doorkeeper, bearer, refused
 from luthier.api.errors import ApiError, translate
-from luthier.api.faults import respond
+from luthier.api.faults import no_such_url, respond
 from luthier.data.strict_json import JsonFault, parse_json
 from luthier.settings import Settings
 from luthier.spec.errors import LuthierError
@@ -80,6 +80,8 @@ class Gate:
             state["key"] = key = await self._key(headers)
             wait, state["headers"] = self.meter.take(key.id)
             self._check_rate(key, wait)
+            if "\n" in path:  # which the routes' patterns would drop at the end: /v1/files/ID%0A is not /v1/files/ID
+                raise no_such_url(scope["method"], path)
         except (ApiError, LuthierError) as error:
             await _say(error, scope, receive, send)
             return

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from luthier.api.errors import ApiError
-from luthier.api.files import check_expiry, check_upload_purpose, file_object
+from luthier.api.files import LONGEST_NAME, check_expiry, check_upload_purpose, file_object
 from luthier.api.form import Form, opener, with_form
 from luthier.api.jsonl import check_jsonl
 from luthier.api.services import Services, services
@@ -39,10 +39,10 @@ class ExpiresAfter(BaseModel):
 class NewUpload(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    filename: str = Field(min_length=1)
+    filename: str = Field(min_length=1, max_length=LONGEST_NAME)
     purpose: str
     bytes: int = Field(ge=1, le=UPLOAD_BYTES, strict=True)
-    mime_type: str
+    mime_type: str = Field(max_length=256)
     expires_after: ExpiresAfter | None = None
 
 

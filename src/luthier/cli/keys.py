@@ -30,7 +30,7 @@ def keys() -> None:
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is, or what for.")] = "",
     role: Annotated[
-        Literal["admin", "user"], typer.Option("--role", help="admin: also checkpoint permissions and metrics.")
+        Literal["admin", "user"], typer.Option("--role", help="admin: also /metrics from other machines.")
     ] = "user",
     as_json: AsJson = False,
 ) -> None:

@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from luthier.spec.errors import Broken, UserError
+from luthier.spec.errors import UserError
 
 KEPT = 64  # compiled grammars
 FIELD = "response_format"
@@ -30,7 +30,7 @@ class Matcher:
         self._inner, self._stops, self._specials = inner, stops, specials
 
     def forbid(self, logits: Tensor) -> None:
-        """Put -inf into `logits` [V] where the grammar does not allow the token. Raises Broken if nothing is left."""
+        """Put -inf into `logits` [V] where the grammar allows no token. Raises UserError if nothing is left."""
         if self._inner.is_stopped():
             allowed = torch.zeros(len(logits), dtype=torch.bool)
             allowed[self._stops] = True
@@ -43,7 +43,7 @@ class Matcher:
             allowed[self._specials] = False
             allowed[self._stops] = self._inner.is_accepting()
         if self._inner.is_error() or not bool(allowed.any()):
-            raise Broken(f"The grammar came to no end: {self._inner.get_error() or 'no token is allowed'}.")
+            raise UserError("The schema cannot be followed: it leaves nothing that could come next.", param=FIELD)
         logits.masked_fill_(~allowed, float("-inf"))
 
     def take(self, token: int) -> None:
