@@ -19,6 +19,7 @@ from luthier import __version__
 from luthier.cli import data, files, jobs, keys, models
 from luthier.cli.chat import chat
 from luthier.cli.evaluate import evaluate
+from luthier.cli.mix import mix
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
 from luthier.cli.prepare import prepare
 from luthier.cli.serve import serve, worker
@@ -41,6 +42,7 @@ app.command()(chat)
 app.command()(evaluate)
 app.command()(data.tokenize)
 data.app.command("prepare")(prepare)
+data.app.command("mix")(mix)
 data.app.command("split")(split)
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")

@@ -119,13 +119,13 @@ def normal(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def characters(meaning: Example | Preference) -> int:
-    """Length of all texts of a row, a measure of its difficulty when no tokenizer is given."""
+def said(meaning: Example | Preference) -> str:
+    """All texts of a row that cost tokens: of a preference the preferred answer alone."""
     if isinstance(meaning, Chat):
-        return len(_said(meaning.messages, roles=False))
+        return _said(meaning.messages, roles=False)
     if isinstance(meaning, Preference):
-        return len(_said((*meaning.prompt, *meaning.preferred), roles=False))
-    return sum(map(len, parts(meaning)))
+        return _said((*meaning.prompt, *meaning.preferred), roles=False)
+    return "".join(parts(meaning))
 
 
 # -- writing rows again ------------------------------------------------------------------------------------------------
