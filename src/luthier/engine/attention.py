@@ -1,11 +1,8 @@
 """Tree attention: every token of a forest sees its ancestors and itself, as if its row were alone.
 
 `forest_attention` is registered with transformers under NAME; while a forest is `active`, a model whose attention
-implementation is NAME computes it. On CPU it makes one causal call per segment and one rectangular call per inner
-segment (queries: all its descendants, which lie together in depth-first order), and merges them by log-sum-exp: no
-mask, no copy of keys or values. The backward pass hands each block the merged output and log-sum-exp, which makes its
-gradient exact (the identity behind ring and cascade attention: Liu et al., 2023; Ye et al., 2024). Only blocks that a
-sliding window cuts through need a mask. Other devices use the dense masked twin, which the tests hold equal.
+implementation is NAME computes it. On CPU that is done by tiles (tiles.py), without a mask; other devices use the dense
+masked twin, which the tests hold equal. `forward` and `backward` are the same for layers with a backward of their own.
 
 Shapes: query [1, H, T, D], key and value [1, H_kv, T, D], output [1, T, H, D]. Does not know: models, losses.
 """
@@ -20,76 +17,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from luthier.engine import schedule as scheduling
+from luthier.engine import tiles
 from luthier.engine.forest import Forest
 from luthier.spec.errors import BadSetting
 
 NAME = "luthier_forest"
 
-# Below this many query-key pairs the CPU kernel's bfloat16 backward spends most of its time converting: measured on
-# Zen 4, 45 x 45 took 0.81 ms in bfloat16 and 0.17 in float32; at 974 x 974 bfloat16 was ahead, 27 to 34.
-SMALL_BLOCK = 256 * 256
-
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Queries [start, end) against keys [key_start, key_end); own blocks are causal, ancestor blocks see all keys."""
-
-    start: int
-    end: int
-    key_start: int
-    key_end: int
-    own: bool
-    mask: Tensor | None = None  # additive [queries, keys], only where a sliding window cuts through
-
 
 @dataclass
 class Plan:
-    """A forest's blocks, made once for each window size and used by every layer."""
+    """A forest's tiles, or its masks, made once for each window size and used by every layer."""
 
     forest: Forest
     device: torch.device
     positions: Tensor = field(init=False)
     calls: int = 0
-    _blocks: dict[tuple[int | None, torch.dtype], list[Block]] = field(default_factory=dict)
+    _schedules: dict[tuple[int | None, int], scheduling.Schedule] = field(default_factory=dict)
     _dense: dict[int | None, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.positions = torch.from_numpy(self.forest.positions).to(self.device)
 
-    def blocks(self, window: int | None, dtype: torch.dtype) -> list[Block]:
+    def schedule(self, window: int | None, heads: int) -> scheduling.Schedule:
         if window is not None and self.forest.longest_path <= window:
             window = None
-        key = (window, dtype)
-        if key not in self._blocks:
-            self._blocks[key] = list(self._make_blocks(window, dtype))
-        return self._blocks[key]
-
-    def _make_blocks(self, window: int | None, dtype: torch.dtype) -> Iterator[Block]:
-        ends = self.forest.descendants()
-        for segment in self.forest.segments:
-            yield self._block(segment.start, segment.end, segment.start, segment.end, True, window, dtype)
-        for segment, end in zip(self.forest.segments, ends, strict=True):
-            if end > segment.end > segment.start:
-                yield self._block(segment.end, end, segment.start, segment.end, False, window, dtype)
-
-    def _block(
-        self, start: int, end: int, key_start: int, key_end: int, own: bool, window: int | None, dtype: torch.dtype
-    ) -> Block:
-        if window is None:
-            return Block(start, end, key_start, key_end, own)
-        distance = self.positions[start:end, None] - self.positions[None, key_start:key_end]
-        visible = distance < window
-        if own:
-            visible &= distance >= 0
-            if key_end - key_start <= window:
-                return Block(start, end, key_start, key_end, own)
-        elif bool(visible.all()):
-            return Block(start, end, key_start, key_end, own)
-        mask = torch.zeros(visible.shape, dtype=dtype, device=self.device).masked_fill_(~visible, float("-inf"))
-        return Block(start, end, key_start, key_end, own, mask)
+        if (window, heads) not in self._schedules:
+            self._schedules[window, heads] = scheduling.schedule(self.forest, window, heads)
+        return self._schedules[window, heads]
 
     def dense(self, window: int | None) -> Tensor:
         """The whole mask, bool [T, T]: what the twin and other devices use."""
@@ -180,7 +135,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
 
 
 class Saved(NamedTuple):
-    """What `backward` needs of a `forward`: [1, H, T, D] tensors, the scores' log-sum-exp [1, H, T] (float32)."""
+    """What `backward` needs of a `forward`: [1, H, T, D] tensors, the scores' log-sum-exp [T, H] (float32)."""
 
     query: Tensor
     key: Tensor
@@ -197,63 +152,30 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """Attention of one layer within `plan`'s forest, outside autograd: (output [1, H, T, D], what `backward` takes).
 
-    Inputs may be strided views whose last dimension is contiguous (parts of one fused product).
+    Inputs may be strided views (parts of one fused product); the output lies in memory tokens first. CPU only.
     """
-    output = torch.empty(query.shape, dtype=torch.float32)
-    lse = torch.empty(query.shape[:-1], dtype=torch.float32)
-    for block in plan.blocks(window, query.dtype):
-        rows, keys = slice(block.start, block.end), slice(block.key_start, block.key_end)
-        part, part_lse = _forward(
-            query[:, :, rows],
-            key[:, :, keys],
-            value[:, :, keys],
-            0.0,
-            block.own and block.mask is None,
-            attn_mask=block.mask,
-            scale=scale,
-        )
-        if block.own:
-            output[:, :, rows], lse[:, :, rows] = part, part_lse
-            continue
-        if block.mask is not None:  # rows that see no key of this block
-            hidden = block.mask.isinf().all(dim=1)
-            part = part.masked_fill(hidden[:, None], 0.0)
-            part_lse = part_lse.masked_fill(hidden, float("-inf"))
-        merged = torch.logaddexp(lse[:, :, rows], part_lse)
-        output[:, :, rows].mul_((lse[:, :, rows] - merged).exp_()[..., None])
-        output[:, :, rows].addcmul_(part.float(), (part_lse - merged).exp_()[..., None])
-        lse[:, :, rows] = merged
-    output = output.to(query.dtype)
+    inputs = _inputs(query, key, value, plan, window, scale)
+    output, lse = tiles.forward(inputs)
+    output = output.transpose(0, 1)[None]
     return output, Saved(query, key, value, output, lse, plan, window, scale)
 
 
 def backward(grad_output: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from that of the output [1, H, T, D], in the dtype of the inputs."""
-    query, key, value, output, lse = saved[:5]
-    grads = [torch.zeros(tensor.shape, dtype=torch.float32) for tensor in (query, key, value)]
-    for block in saved.plan.blocks(saved.window, query.dtype):
-        rows, keys = slice(block.start, block.end), slice(block.key_start, block.key_end)
-        small = (block.end - block.start) * (block.key_end - block.key_start) < SMALL_BLOCK
-        parts = _backward(
-            *(
-                part.float() if small else part
-                for part in (
-                    grad_output[:, :, rows],
-                    query[:, :, rows],
-                    key[:, :, keys],
-                    value[:, :, keys],
-                    output[:, :, rows],
-                )
-            ),
-            lse[:, :, rows],
-            0.0,
-            block.own and block.mask is None,
-            attn_mask=block.mask.float() if small and block.mask is not None else block.mask,
-            scale=saved.scale,
-        )
-        for total, part, place in zip(grads, parts, (rows, keys, keys), strict=True):
-            total[:, :, place] += part
-    return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype)
+    """Gradients of query, key and value from that of the output [1, H, T, D], in the shape and dtype of the inputs."""
+    query, key, value, output, lse, plan, window, scale = saved
+    inputs = _inputs(query, key, value, plan, window, scale)
+    grads = tiles.backward(inputs, _tokens_first(output), lse, _tokens_first(grad_output))
+    first, second, third = (grad.transpose(0, 1)[None] for grad in grads)
+    return first, second, third
+
+
+def _tokens_first(tensor: Tensor) -> Tensor:
+    return tensor[0].transpose(0, 1)
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float) -> tiles.Inputs:
+    schedule = plan.schedule(window, query.shape[1])
+    return tiles.Inputs(_tokens_first(query), _tokens_first(key), _tokens_first(value), schedule, scale)
 
 
 class _ForestAttention(torch.autograd.Function):
