@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -83,7 +84,9 @@ def test_a_file_goes_there_and_back(
     assert called("files", "delete", file_id) == 0
     assert capsysbinary.readouterr().out.decode() == f"Deleted {file_id}.\n"
     assert called("files", "get", file_id) == 2
-    assert capsysbinary.readouterr().err.decode() == f"Error: No such File object: {file_id}\n"
+    assert capsysbinary.readouterr().err.decode() == (
+        f"Error: No such File object: {file_id}\n`luthier files list` shows the files.\n"
+    )
 
 
 def test_files_are_listed(services: Services, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,3 +306,33 @@ def test_create_and_follow(services: Services, data: Path, capsys: pytest.Captur
     assert called("jobs", "create", "--model", "tiny", "-t", data, "--follow") == 75
     other.join()
     assert capsys.readouterr().out.splitlines()[-1] == "The job was cancelled."
+
+
+def test_nothing_is_sent_for_a_model_that_is_not_there(
+    services: Services, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("jobs", "create", "--model", "no/pe", "-t", data) == 2
+    assert "luthier models list --server URL" in capsys.readouterr().err
+    assert not services.files.list().data
+
+
+@pytest.mark.parametrize(
+    ("words", "step"),
+    [
+        (("files", "get", "file-x"), "luthier files list"),
+        (("files", "content", "file-x"), "luthier files list"),
+        (("files", "delete", "../x"), "luthier files list"),
+        (("jobs", "get", "ftjob-x"), "luthier jobs list"),
+        (("jobs", "follow", "ftjob-x"), "luthier jobs list"),
+        (("jobs", "create", "--model", "tiny", "-t", "file-x"), "luthier files list"),
+        (("models", "delete", "ft:x"), "luthier models list --server URL"),
+        (("chat", "nope", "-m", "hi", "--server", "URL"), "luthier models list --server URL"),
+        (("jobs", "list", "--server", "URL/v2"), "--server: it ends in /v1"),
+    ],
+)
+def test_what_is_not_there_comes_with_a_next_step(
+    services: Services, words: tuple[str, ...], step: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(*(word.replace("URL", os.environ["OPENAI_BASE_URL"]) for word in words)) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 2 and step in told[1], told

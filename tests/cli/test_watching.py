@@ -68,7 +68,18 @@ def test_a_server_that_restarts_is_waited_for(slept: list[float], capsys: pytest
 def test_ctrl_c_leaves_the_job(capsys: pytest.CaptureFixture[str]) -> None:
     stop: Any = KeyboardInterrupt()
     assert followed((JOB, []), (JOB, [message(7, "Started")]), stop) == 130
-    assert "luthier jobs follow ftjob-1 --after ftevent-7" in capsys.readouterr().err
+    assert "luthier jobs follow ftjob-1 --after ftevent-7\n" in capsys.readouterr().err
+
+
+def test_the_command_that_goes_on_names_the_server_and_keeps_a_curve_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watching, "console", lambda stderr=False: Console(stderr=stderr, force_terminal=not stderr))
+    stop: Any = KeyboardInterrupt()
+    server: Any = Server((JOB, []), (JOB, [message(7, "Started")]), stop)
+    assert watch(server, "/fine_tuning/jobs/ftjob-1", None, False, "http://there:1/a b") == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("luthier jobs follow ftjob-1 --server 'http://there:1/a b'"), said
 
 
 def test_the_pace_tells_what_is_left() -> None:

@@ -20,6 +20,11 @@ from tests.clients import rows
 from tests.clients.environments import Client, environment
 from tests.clients.served import Server
 
+COOKBOOK = {
+    "toy": "toy_chat_fine_tuning.jsonl",
+    "drone": "drone_training.jsonl",
+    "transactions": "labelled_transactions.csv",
+}
 SCRIPTS = Path(__file__).parent / "scripts"
 DATA = Path(__file__).parents[3] / "shared" / "data" / "openai"  # the cookbook's files, where they are at hand
 REAL = "smollm2-135m-instruct"
@@ -132,7 +137,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, (filename, content) in contents.items():
         (folder / filename).write_bytes(content)
         paths[name] = str(folder / filename)
-    for name, filename in (("toy", "toy_chat_fine_tuning.jsonl"), ("drone", "drone_training.jsonl")):
+    for name, filename in COOKBOOK.items():
         if (DATA / filename).exists():
             paths[name] = str(DATA / filename)
     return paths

@@ -22,6 +22,14 @@ Server = Annotated[
 ]
 PIECE = 1 << 16
 SILENCE = 120.0  # seconds that a server may say nothing
+# What to do about a name that the server does not know, by the parameter that it names.
+NEXT_STEPS = {
+    "id": "`luthier files list` shows the files.",
+    "training_file": "`luthier files list` shows the files.",
+    "validation_file": "`luthier files list` shows the files.",
+    "fine_tune_id": "`luthier jobs list` shows the jobs.",
+    "model": "`luthier models list --server URL` shows the models.",
+}
 WAITING = frozenset({408, 429, 502, 503, 504})  # statuses that a later try may change
 
 
@@ -133,7 +141,10 @@ def refusal(status: int, text: str) -> LuthierError:
     if status == 401:
         hint = "Set OPENAI_API_KEY to a key of this server (luthier keys create)."
         return UserError(message, hint=hint, param=param)
-    return NotFound(message, param=param) if status == 404 else UserError(message, param=param)
+    if message.startswith("Invalid URL"):
+        return NotFound(message, hint="Check --server: it ends in /v1, or after the port.", param=param)
+    step = NEXT_STEPS.get(str(param))
+    return NotFound(message, hint=step, param=param) if status == 404 else UserError(message, hint=step, param=param)
 
 
 def connect(server: str | None) -> Client:

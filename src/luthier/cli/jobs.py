@@ -65,6 +65,7 @@ def create(
     body["method"] = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
     body["metadata"] = _pairs(metadata) or None
     client = connect(server)
+    client.get(f"/models/{segment(model)}")  # before files are sent for nothing
     body["training_file"] = _file_id(client, training_file)
     body["validation_file"] = _file_id(client, validation_file) if validation_file else None
     job = client.post(PATH, {name: value for name, value in body.items() if value is not None})
@@ -73,7 +74,7 @@ def create(
     else:
         print(job["id"], flush=True)
     if follow_it:
-        _follow(client, job["id"], None, as_json)
+        _follow(client, job["id"], None, as_json, server)
 
 
 @app.command("list")
@@ -149,13 +150,13 @@ def follow(
     Starts with the job's history, and waits for a server that restarts. Ctrl-C leaves the job running. Exit code 0
     when the job succeeded, 75 when it was cancelled or paused.
     """
-    _follow(connect(server), job_id, after, as_json)
+    _follow(connect(server), job_id, after, as_json, server)
 
 
-def _follow(client: Client, job_id: str, after: str | None, as_json: bool) -> None:
+def _follow(client: Client, job_id: str, after: str | None, as_json: bool, server: str | None) -> None:
     from luthier.cli.watching import watch
 
-    code = watch(client, _path(job_id), after, as_json)
+    code = watch(client, _path(job_id), after, as_json, server)
     if code:
         raise typer.Exit(code)
 

@@ -7,6 +7,7 @@ Does not know: how a job is carried out, HTTP.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -177,8 +178,11 @@ def _one_line(text: Text) -> Text:
     return text
 
 
-def watch(client: Client, path: str, after: str | None, as_json: bool) -> int:
-    """Show the job at `path` until it ends; the exit code. Raises what the first request raises."""
+def watch(client: Client, path: str, after: str | None, as_json: bool, server: str | None = None) -> int:
+    """Show the job at `path` until it ends; the exit code. `server`: the option --server, for the word on how to go on.
+
+    Raises what the first request raises.
+    """
     watched = Watched(client.get(path))
     watched.last = after
     out = console()
@@ -190,8 +194,9 @@ def watch(client: Client, path: str, after: str | None, as_json: bool) -> int:
             view.tick()
     except KeyboardInterrupt:
         job = watched.job["id"]
-        since = f" --after {watched.last}" if watched.last else ""
-        Lines(watched).note(f"The job goes on. Follow it again with: luthier jobs follow {job}{since}")
+        since = f" --after {watched.last}" if watched.last and screen is None else ""  # a curve wants its beginning
+        there = f" --server {shlex.quote(server)}" if server else ""
+        Lines(watched).note(f"The job goes on. Follow it again with: luthier jobs follow {job}{since}{there}")
         return INTERRUPTED
     return _ended(watched.job, as_json)
 

@@ -1,11 +1,12 @@
 """The cookbook's notebooks, call by call, in their module-level style. Model names are the notebooks' own.
 
-Chat fine-tuning (6.1), function calling (6.4) and the distillation notebook's end (6.6).
+Chat fine-tuning (6.1), function calling (6.4), transactions and the distillation notebook's end (6.6).
 """
 
 from __future__ import annotations
 
 import base64
+import csv
 import json
 
 import openai
@@ -97,6 +98,40 @@ def check_17_fine_tuning_for_function_calling(given):
     assert message.tool_calls[0].function.name in ("takeoff_drone", "land_drone"), message
     assert job.id in [one.id for one in openai.fine_tuning.jobs.list(limit=10)]
     assert openai.fine_tuning.jobs.list_events(job.id, limit=10).data[0].message == "The job has successfully completed"
+
+
+def check_11_multiclass_classification_for_transactions(given):
+    """Section 6.6: labelled transactions as a chat data set, a job that names nothing but its files, a test set."""
+    if "transactions" not in given:
+        raise Missing("labelled_transactions.csv")
+    with open(given["transactions"], encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    classes = sorted({row["Classification"] for row in rows})
+    prompt = "You classify the transactions of a library into one of: " + ", ".join(classes)
+
+    def turns(row):
+        asked = f"Supplier: {row['Supplier']}\nDescription: {row['Description']}\nValue: {row['Transaction value (£)']}"
+        return [{"role": "system", "content": prompt}, {"role": "user", "content": asked}]
+
+    def file(part, name):
+        lines = [{"messages": [*turns(row), {"role": "assistant", "content": row["Classification"]}]} for row in part]
+        content = "\n".join(json.dumps(line) for line in lines).encode()  # no newline at the end
+        return openai.files.create(file=(name, content), purpose="fine-tune").id
+
+    training, validation, test = rows[:24], rows[24:30], rows[30:34]
+    made = openai.fine_tuning.jobs.create(
+        training_file=file(training, "train.jsonl"),
+        validation_file=file(validation, "valid.jsonl"),
+        model="gpt-3.5-turbo",
+    )
+    done = finished(made.id)
+    assert done.hyperparameters.n_epochs == 4, done.hyperparameters  # 24 rows: as many epochs as come near to 100
+    for row in test:
+        answer = openai.chat.completions.create(
+            model=done.fine_tuned_model, messages=turns(row), temperature=0, max_tokens=8
+        )
+        assert answer.choices[0].finish_reason in ("stop", "length")
+        assert answer.model == done.fine_tuned_model
 
 
 def check_54_distillation_with_the_tuned_model(given):

@@ -1,4 +1,4 @@
-"""Acceptance checks 4, 5, 23, 38, 39 and 41 with the official Python client of before 1.0 (0.28.1, 0.27.8)."""
+"""Acceptance checks 4, 5, 23, 38, 39, 41 and two notebooks with the Python client of before 1.0 (0.28.1, 0.27.8)."""
 
 from __future__ import annotations
 
@@ -94,6 +94,55 @@ def check_39_completions_of_a_legacy_model(given):
     assert several.choices[0].text.startswith("a") and several.choices[3].text.startswith("b")
     assert model in [engine.id for engine in openai.Engine.list().data]
     assert openai.Model.retrieve(model).id == model
+
+
+def check_04_41_the_notebook_with_weights_and_biases(given):
+    """Call by call, in its style (section 6.6): files without names, a job, its events, a chat with its model."""
+    if not LATE:
+        return
+    training, validation = upload(given["train"]), upload(given["valid"])
+    assert training["filename"] == validation["filename"] == "file"
+    made = openai.FineTuningJob.create(
+        training_file=training["id"],
+        validation_file=validation["id"],
+        model="gpt-3.5-turbo",
+        hyperparameters={"n_epochs": 2},
+    )
+    assert (made["object"], made["status"]) == ("fine_tuning.job", "validating_files"), made
+    state = openai.FineTuningJob.retrieve(made["id"])
+    assert [state[name] for name in ("trained_tokens", "finished_at", "fine_tuned_model")] == [None, None, None]
+    assert state["hyperparameters"]["n_epochs"] == 2
+    done = until(lambda: (found := openai.FineTuningJob.retrieve(made["id"]))["status"] in TERMINAL and found, 240)
+    assert done["status"] == "succeeded", done
+    assert done["trained_tokens"] > 0
+    events = openai.FineTuningJob.list_events(id=made["id"], limit=5)["data"]
+    events.reverse()
+    said = [event["message"] for event in events]
+    assert said[-2:] == [
+        f"New fine-tuned model created: {done['fine_tuned_model']}",
+        "The job has successfully completed",
+    ], said
+    assert len(said) == 5
+    answer = openai.ChatCompletion.create(
+        model=done["fine_tuned_model"], messages=[{"role": "user", "content": "colour 1?"}], temperature=0, max_tokens=9
+    )
+    assert isinstance(answer["choices"][0]["message"]["content"], str)
+    assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"]
+    assert openai.FineTuningJob.list(limit=1).data[0].id
+    with raises(openai.error.InvalidRequestError) as error:
+        openai.FineTuningJob.cancel(made["id"])
+    assert error.value.http_status == 400
+
+
+def check_41_questions_and_answers_with_stops(given):
+    """The olympics notebook's questions: several stops, log-probabilities, an answer that never holds a stop."""
+    done = until(lambda: (found := openai.FineTune.retrieve(given["legacy_job"])).status in TERMINAL and found, 240)
+    asked = {"model": done.fine_tuned_model, "prompt": "the quick fox 1\n\n###\n\n", "temperature": 0, "max_tokens": 20}
+    free = openai.Completion.create(**asked).choices[0].text
+    answer = openai.Completion.create(**asked, stop=[".", "\n"], logprobs=2, n=1, top_p=1, echo=False).choices[0]
+    assert answer.text == free.split("\n")[0].split(".")[0], (answer.text, free)
+    assert "".join(answer.logprobs.tokens).startswith(answer.text) or "bytes:" in "".join(answer.logprobs.tokens)
+    assert all(len(top) in (2, 3) for top in answer.logprobs.top_logprobs)
 
 
 def check_41_chat_streams(given):
