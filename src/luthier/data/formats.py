@@ -122,12 +122,15 @@ def _looks_like_json(text: str) -> bool:
 
 
 class Reader:
-    """Records of one file to Examples. It remembers the file's format, and the keys that no rule knows."""
+    """Records of one file to Examples. It remembers the file's format, and the keys that no rule knows.
 
-    def __init__(self, file: str) -> None:
+    `unknown`: {key: [line and row of the first record that has it, number of records]}.
+    """
+
+    def __init__(self, file: str, format: str | None = None, format_line: int = 0) -> None:
         self.file = file
-        self.format: str | None = None
-        self.format_line = 0
+        self.format = format
+        self.format_line = format_line
         self.unknown: dict[str, list[int]] = {}  # key -> first line, first row, number of records
 
     def read(self, record: Record) -> Iterator[Example | Problem]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from luthier.data.strict_json import JsonFault, parse_json, scan_partial, scan_value, skip_space
 from luthier.spec.data import Problem
@@ -71,18 +71,67 @@ def read_records(path: Path, on_bytes: OnBytes | None = None, *, keep_raw: bool 
         handle.seek(start)
         source = _Source(handle, path, start, on_bytes, keep_raw)
         first = head[start:].lstrip(_BLANK)
-        if is_plain_text(path):
+        layout = _layout(path, first)
+        if layout == "text":
             yield from _text_blocks(source)
-        elif first.startswith(b"["):
-            yield from _Values(source, array=True).records()
-        elif first.startswith(b"{") and _pretty(first):
-            yield from _Values(source, array=False).records()
-        elif first.startswith(b"{") or not first or path.suffix.lower() in _JSON_SUFFIXES:
+        elif layout == "lines":
             yield from _lines(source)
+        elif layout is not None:
+            yield from _Values(source, array=layout == "array").records()
         else:
             shown = repr(first[:20].decode("utf-8", "replace"))
             yield source.problem(1, f"a file that begins with {shown}", "JSON Lines, a JSON array, or .txt plain text")
         source.report(source.total)
+
+
+def _layout(path: Path, first: bytes) -> Literal["text", "array", "values", "lines"] | None:
+    """How a file whose bytes begin with `first` (white space aside) is read; None: not at all."""
+    if is_plain_text(path):
+        return "text"
+    if first.startswith(b"["):
+        return "array"
+    if first.startswith(b"{") and _pretty(first):
+        return "values"
+    return "lines" if first.startswith(b"{") or not first or path.suffix.lower() in _JSON_SUFFIXES else None
+
+
+def line_spans(path: Path, size: int) -> list[tuple[int, int]]:
+    """Byte ranges of whole lines, of about `size` bytes each, that make up a file of JSON Lines; [] for other files.
+
+    Each can be read by itself with `read_span`, in any process. Raises NotFound.
+    """
+    with _open(path) as handle:
+        head = handle.read(_HEAD)
+        start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+        if _refuse_by_head(path, head) is not None or _layout(path, head[start:].lstrip(_BLANK)) != "lines":
+            return []
+        total = path.stat().st_size
+        spans = []
+        while start < total:
+            handle.seek(min(start + size, total))
+            while (piece := handle.readline(_CHUNK)) and not piece.endswith(b"\n"):
+                pass
+            spans.append((start, handle.tell()))
+            start = handle.tell()
+        return spans
+
+
+def read_span(path: Path, start: int, end: int) -> Iterator[Record | Problem]:
+    """The records of the lines in bytes [start, end) of a file; lines and rows count from 1 within the span."""
+    with _open(path) as handle:
+        handle.seek(start)
+        yield from _lines(_Source(handle, path, start, None, end=end), whole=False)
+
+
+def count_lines(path: Path, start: int, end: int) -> int:
+    """Line breaks in bytes [start, end)."""
+    with _open(path) as handle:
+        handle.seek(start)
+        count = 0
+        while start < end and (block := handle.read(min(_CHUNK, end - start))):
+            count += block.count(b"\n")
+            start += len(block)
+        return count
 
 
 def hash_file(path: Path) -> str:
@@ -104,11 +153,18 @@ class _Source:
     """The open file, how far it has been read, and whom to tell."""
 
     def __init__(
-        self, handle: BufferedReader, path: Path, start: int, on_bytes: OnBytes | None, keep_raw: bool
+        self,
+        handle: BufferedReader,
+        path: Path,
+        start: int,
+        on_bytes: OnBytes | None,
+        keep_raw: bool = False,
+        end: int | None = None,
     ) -> None:
         self.handle = handle
         self.name = path.name
         self.total = path.stat().st_size
+        self.end = self.total if end is None else end
         self.offset = start
         self.on_bytes = on_bytes
         self.keep_raw = keep_raw
@@ -119,7 +175,7 @@ class _Source:
 
         Of a line longer than MAX_RECORD only the size comes back: it is read over and never held whole.
         """
-        raw = self._count(self.handle.readline(_CHUNK))
+        raw = self._count(self.handle.readline(_CHUNK)) if self.offset < self.end else b""
         size = len(raw)
         if size < _CHUNK or raw.endswith(b"\n"):
             return raw, size
@@ -202,7 +258,7 @@ def _pretty(first: bytes) -> bool:
     return False
 
 
-def _lines(source: _Source) -> Iterator[Record | Problem]:
+def _lines(source: _Source, whole: bool = True) -> Iterator[Record | Problem]:
     number = row = 0
     while True:
         start = source.offset
@@ -222,7 +278,7 @@ def _lines(source: _Source) -> Iterator[Record | Problem]:
         elif raw.strip(_BLANK):
             row += 1
             yield _record(source, raw, number, row, start)
-    if row == 0:
+    if row == 0 and whole:
         yield source.no_records()
 
 
