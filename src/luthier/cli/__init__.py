@@ -18,6 +18,7 @@ import typer.main
 from luthier import __version__
 from luthier.cli import data, files, jobs, keys, models
 from luthier.cli.chat import chat
+from luthier.cli.check import check
 from luthier.cli.evaluate import evaluate
 from luthier.cli.mix import mix
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
@@ -41,6 +42,7 @@ app.command()(train)
 app.command()(chat)
 app.command()(evaluate)
 app.command()(data.tokenize)
+data.app.command("check")(check)
 data.app.command("prepare")(prepare)
 data.app.command("mix")(mix)
 data.app.command("split")(split)

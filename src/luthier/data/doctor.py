@@ -102,7 +102,7 @@ def _scan(
 
 def _statistics(files: Sequence[Scanned], max_length: int | None, tokenised: bool) -> dict[str, Any]:
     found = {str(file.path): statistics.of_file(file.columns, tokenised) for file in files}
-    return {"files": found} | ({"max_length": max_length} if tokenised else {})
+    return {"files": found, "max_length": max_length if tokenised else None}
 
 
 # -- what a row shows by itself ----------------------------------------------------------------------------------------

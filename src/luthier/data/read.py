@@ -95,25 +95,13 @@ def _layout(path: Path, first: bytes) -> Literal["text", "array", "values", "lin
     return "lines" if first.startswith(b"{") or not first or path.suffix.lower() in _JSON_SUFFIXES else None
 
 
-def line_spans(path: Path, size: int) -> list[tuple[int, int]]:
-    """Byte ranges of whole lines, of about `size` bytes each, that make up a file of JSON Lines; [] for other files.
-
-    Each can be read by itself with `read_span`, in any process. Raises NotFound.
-    """
+def lines_start(path: Path) -> int | None:
+    """Offset of the first line of a file of JSON Lines; None for other files. Raises NotFound."""
     with _open(path) as handle:
         head = handle.read(_HEAD)
-        start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
-        if _refuse_by_head(path, head) is not None or _layout(path, head[start:].lstrip(_BLANK)) != "lines":
-            return []
-        total = path.stat().st_size
-        spans = []
-        while start < total:
-            handle.seek(min(start + size, total))
-            while (piece := handle.readline(_CHUNK)) and not piece.endswith(b"\n"):
-                pass
-            spans.append((start, handle.tell()))
-            start = handle.tell()
-        return spans
+    start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    lines = _refuse_by_head(path, head) is None and _layout(path, head[start:].lstrip(_BLANK)) == "lines"
+    return start if lines else None
 
 
 def read_span(path: Path, start: int, end: int) -> Iterator[Record | Problem]:
@@ -121,17 +109,6 @@ def read_span(path: Path, start: int, end: int) -> Iterator[Record | Problem]:
     with _open(path) as handle:
         handle.seek(start)
         yield from _lines(_Source(handle, path, start, None, end=end), whole=False)
-
-
-def count_lines(path: Path, start: int, end: int) -> int:
-    """Line breaks in bytes [start, end)."""
-    with _open(path) as handle:
-        handle.seek(start)
-        count = 0
-        while start < end and (block := handle.read(min(_CHUNK, end - start))):
-            count += block.count(b"\n")
-            start += len(block)
-        return count
 
 
 def hash_file(path: Path) -> str:

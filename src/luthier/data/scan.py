@@ -20,8 +20,9 @@ from luthier.data import cookbook
 from luthier.data.columns import Columns, joined
 from luthier.data.formats import Reader, detect, read_examples
 from luthier.data.look import Look
-from luthier.data.read import count_lines, is_plain_text, line_spans, read_records, read_span
+from luthier.data.read import is_plain_text, read_records, read_span
 from luthier.data.render import Renderer
+from luthier.data.spans import count_lines, line_spans
 from luthier.data.template import ChatTemplate
 from luthier.data.tokenizer import Tokenizer
 from luthier.spec.data import Example, Problem
