@@ -18,23 +18,8 @@ from luthier.data.render import Renderer
 from tests import tiny as tiny_models
 from tests.data.record_files import ANSWER, USER, chat
 
-WORDS = [
-    "alpha",
-    "bravo",
-    "carbon",
-    "delta",
-    "echo",
-    "forest",
-    "granite",
-    "harbor",
-    "island",
-    "jungle",
-    "kettle",
-    "lemon",
-    "marble",
-    "nectar",
-    "orchid",
-]
+WORDS = ["alpha", "bravo", "carbon", "delta", "echo", "forest", "granite", "harbor", "island", "jungle", "kettle"]
+WORDS += ["lemon", "marble", "nectar", "orchid"]
 
 
 def sentence(n: int) -> str:

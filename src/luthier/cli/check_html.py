@@ -6,13 +6,15 @@ Does not know: how anything is found; what the page looks like (check.html.jinja
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from luthier.cli.check import CHARTS
 from luthier.cli.output import visible
-from luthier.data.findings import LEVELS, Report
+
+if TYPE_CHECKING:
+    from luthier.data.findings import Report
 
 WIDTH, HEIGHT = 520, 130  # of a chart's plot, in pixels
 FOOT = 22  # below it, for the numbers
@@ -21,6 +23,8 @@ MOST_CLASSES = 24
 
 def page(report: Report) -> str:
     """The whole page."""
+    from luthier.data.findings import LEVELS
+
     source = files("luthier.cli").joinpath("check.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["visible"] = visible
