@@ -85,8 +85,10 @@ def client_environment() -> tuple[str | None, str | None]:
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """This process's environment for a child process, with `changes` over it."""
-    return {**os.environ, **changes}
+    """This process's environment for a child process, with `changes` over it. The database's URL, which may hold a
+    password, goes only to a child that `changes` gives it to."""
+    inherited = {name: value for name, value in os.environ.items() if name != "LUTHIER_DATABASE"}
+    return {**inherited, **changes}
 
 
 # Compiled matrix kernels that torch's CPU library may keep, in each of its two caches. It keeps 1,024 by default, one

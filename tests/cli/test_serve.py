@@ -18,7 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from luthier.cli import running
+from luthier.cli.running import Workers
 from luthier.cli.serve import configured, is_loopback
+from luthier.settings import Settings
 from luthier.spec.errors import BadSetting
 from tests.cli.test_server_commands import called
 
@@ -141,6 +144,29 @@ def test_workers_end_with_a_killed_server(tiny: Path, tmp_path: Path) -> None:
         workers = workers_of(server.process)
         server.end(signal.SIGKILL)
         eventually(lambda: all(map(gone, workers)))
+
+
+def test_a_worker_that_is_stopped_is_killed_with_its_locks_and_another_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "SILENT_PULSES", 8)
+    settings = Settings(home=tmp_path, hub="off")
+    log = tmp_path / "logs" / "worker-1.log"
+    log.mkdir(parents=True)  # no worker can start so
+    said: list[str] = []
+    monkeypatch.setattr(running, "say", said.append)
+    with Workers(settings, 1) as workers:
+        eventually(lambda: any("Worker 1 did not start: Is a directory" in words for words in said))
+        log.rmdir()
+        eventually(lambda: log.exists() and "waits for jobs" in log.read_text())
+        stopped = workers._running[1].pid
+        os.kill(stopped, signal.SIGSTOP)
+        eventually(lambda: workers._running[1].pid != stopped)
+        assert gone(stopped)
+        eventually(lambda: log.read_text().count("waits for jobs") == 2)
+    assert said[-2] == "Worker 1 does not answer and is killed."
+    assert said[-1].startswith("Worker 1 ended with exit code -9; another starts in ")
+    assert gone(workers._running[1].pid)
 
 
 def test_a_worker_alone(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,20 @@ def test_another_bases_adapter_is_refused(adapters: list[Path], tmp_path: Path) 
     (unknown / "luthier.json").write_text("{}")
     with pytest.raises(BadSetting, match="does not say which base"):
         Bench(other).add(ask("a", PROMPTS[0], adapter=str(unknown)))
+
+
+def test_an_adapter_whose_bytes_changed_since_it_was_published_is_refused(
+    tiny: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    damaged = copy(adapters[0], tmp_path / "damaged")
+    weights = damaged / "adapter_model.safetensors"
+    note = json.loads((damaged / "luthier.json").read_text())
+    note["files"] = {weights.name: {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}}
+    (damaged / "luthier.json").write_text(json.dumps(note))
+    assert Bench(tiny).run([ask("a", PROMPTS[0], adapter=str(damaged))])["a"].finish == "length"
+    rewrite(damaged, lambda state: {key: 2 * value for key, value in state.items()})
+    with pytest.raises(BadSetting, match="is not the one that was published"):
+        Bench(tiny).add(ask("a", PROMPTS[0], adapter=str(damaged)))
 
 
 def test_a_retrained_adapter_at_the_same_place_is_a_new_one(tiny: Path, adapters: list[Path], tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -44,6 +46,27 @@ def test_events_of_many_writers_do_not_mix(tmp_path: Path) -> None:
         thread.join()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert sorted((name, n) for name, n, _ in lines) == [(name, n) for name in range(4) for n in range(100)]
+
+
+def test_a_line_that_the_disk_took_a_part_of_is_said(tmp_path: Path) -> None:
+    """And stays a broken line, whole lines before and after it."""
+    code = f"""
+import resource
+from luthier.spec.run import append_line, is_full
+path = {str(tmp_path / "lines")!r}
+append_line(path, "1" * 40)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50, resource.RLIM_INFINITY))
+for _ in range(2):
+    try:
+        append_line(path, "2" * 40)
+        raise AssertionError("it was not said")
+    except OSError as error:
+        assert is_full(error), error
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+append_line(path, "3" * 40)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "lines").read_text() == f"{'1' * 40}\n{'2' * 9}\n{'3' * 40}\n"
 
 
 def test_numbers_that_json_has_no_word_for_are_our_fault(tmp_path: Path) -> None:

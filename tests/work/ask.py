@@ -12,6 +12,7 @@ from typing import Any
 
 from luthier.settings import Settings
 from luthier.spec.run import RunFolder
+from luthier.store import db
 from luthier.store.db import Database
 from luthier.work.worker import Worker
 
@@ -34,6 +35,7 @@ def command(home: Path, url: str | None, base: Path, name: str) -> list[str]:
 
 
 def main(home: str, url: str, base: str, name: str) -> None:
+    db.IDLE_SECONDS = 3
     settings = Settings(home=Path(home), hub="off", bases=f"tiny={base}", organization="Acme Inc.")
     database = Database(Path(home), url or None)
     stop = threading.Event()

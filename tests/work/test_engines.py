@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from luthier.spec.run import RunFolder
+from luthier.spec.run import UNTOLD, RunFolder
 from luthier.work import attempt
 from tests.work.conftest import Bench
 
 OPENING = """
 import json, os, signal, sys, time
-from luthier.spec.run import RunFolder
+from luthier.spec.run import UNTOLD, RunFolder
 run = RunFolder(sys.argv[1])
 """
 
@@ -94,3 +94,19 @@ sys.exit(75)
         "message": "the run folder/x: the disk is full.",
         "param": "learning_rate_multiplier",
     }
+
+
+def test_one_that_could_not_write_its_last_word_fails_the_job(bench: Bench, tmp_path: Path) -> None:
+    bench.start(command=engine(tmp_path, f"sys.exit({UNTOLD})"))
+    job = bench.ended(bench.submit())
+    assert job.error is not None
+    assert (job.error["code"], job.error["message"]) == ("unavailable", attempt.DISK_FULL)
+
+
+def test_none_gets_the_databases_password(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_DATABASE", "postgresql://luthier:hush@/luthier")
+    code = 'run.emit("failed", status="failed", code="internal", message=os.environ.get("LUTHIER_DATABASE"), hint="")'
+    bench.start(command=engine(tmp_path, code))
+    job = bench.ended(bench.submit())
+    assert job.error is not None
+    assert job.error["message"] == "The engine failed."

@@ -252,6 +252,7 @@ def test_a_cancel_that_comes_at_the_end_leaves_no_model(bench: Bench, monkeypatc
     monkeypatch.setattr(Recorder, "register", slowly)
     bench.start(command=ask.quick)
     job = bench.ended(bench.submit())
+    bench.halt()  # what was made is removed after the end is told
     assert (job.status, job.fine_tuned_model, job.result_files) == ("cancelled", None, [])
     assert all(model.step is not None for model in bench.models.list(job_id=job.id))
     assert bench.files.list(purpose="fine-tune-results").data == ()

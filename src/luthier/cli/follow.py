@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from luthier.cli.output import short, typed
 from luthier.settings import child_environment
 from luthier.spec.errors import Broken, LuthierError, NotNow
-from luthier.spec.run import TERMINAL, RunFolder
+from luthier.spec.run import TERMINAL, UNTOLD, RunFolder
 
 POLL = 0.1  # seconds between two looks at the events
 GRACE = 15.0  # seconds that the engine has to leave after its last event
@@ -153,28 +153,14 @@ class _Stopping:
 def end_at_once(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to the engine and everything below it. torchrun gives each worker a session of its own, so the process
     group alone would leave them behind."""
-    doomed = [process.pid, *_descendants(process.pid)]
+    from luthier.work.launch import descendants
+
+    doomed = [process.pid, *descendants(process.pid)]
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     for pid in doomed:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _descendants(pid: int) -> list[int]:
-    """Process ids below `pid`, by /proc (none where there is no /proc)."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            parent = int(entry.read_text(errors="replace").rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.parent.name))
-    found: list[int] = []
-    waiting = [pid]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return found
 
 
 def _ended(event: dict[str, Any], code: int, interrupted: bool) -> Outcome:
@@ -201,6 +187,8 @@ def _death(run: RunFolder, code: int, tail: Sequence[str]) -> LuthierError:
     hint = f"Its output is in {short(run.log)}. Go on from the last checkpoint with: {resume_command(run)}"
     if code == NotNow.exit_code and tail:
         return NotNow(tail[-1])
+    if code == UNTOLD:
+        return NotNow("The disk is full or cannot be written: the engine could not say how far it came.", hint=hint)
     workers = re.findall(r"Signal (\d+) \(", "\n".join(tail))  # torchrun's words on what became of its workers
     code = -int(workers[-1]) if workers and code == 1 else code
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):

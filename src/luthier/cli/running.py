@@ -1,7 +1,9 @@
 """The server's processes: one server a home, its workers kept alive, the HTTP server until it is told to end.
 
 Workers live in process groups of their own, so the terminal's Ctrl-C reaches only the server, which ends them in
-order. Does not know: options, routes, jobs.
+order. A worker's standard input is a line between the two: its end tells the worker that the server is gone, and the
+worker's pulse tells the server that it is not stopped, perhaps with SQLite's lock in its hands.
+Does not know: options, routes, jobs.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -24,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from luthier.cli.output import console
-from luthier.cli.serve import child_settings, log_folder
+from luthier.cli.serve import PULSE, child_settings, log_folder
 from luthier.settings import Settings, child_environment
 from luthier.spec.errors import NotNow
 
@@ -36,6 +39,7 @@ STREAMS_GRACE = 5  # seconds that answers have to end after the signal
 WORKER_GRACE = 30.0  # seconds that a worker has to save its job
 STEADY = 30.0  # seconds after which a worker counts as well, and the next wait is short again
 LONGEST_WAIT = 30.0
+SILENT_PULSES = 20  # left out in a row, after which it is killed; counted, as in serve/router.py
 LARGEST_LOG = 10_000_000  # bytes; a longer log is set aside when its worker starts
 
 
@@ -100,37 +104,59 @@ class Workers:
         wait = 0.5
         while not self._stop.is_set():
             began = time.monotonic()
-            code = self._one(number)
+            try:
+                became = f"ended with exit code {self._one(number)}"
+            except OSError as error:  # no room for its log, no process to be had: it may be otherwise soon
+                became = f"did not start: {error.strerror or error}"
             if self._stop.is_set():
                 return
             wait = 0.5 if time.monotonic() - began > STEADY else min(2 * wait, LONGEST_WAIT)
-            console(stderr=True).print(
-                f"Worker {number} ended with exit code {code}; another starts in {wait:.0f} s.", soft_wrap=True
-            )
+            say(f"Worker {number} {became}; another starts in {wait:.0f} s.")
             self._stop.wait(wait)
 
     def _one(self, number: int) -> int:
+        """One worker process, from its start to its end: its exit code. Raises OSError when none can be started."""
         name = f"{socket.gethostname()}-{os.getpid()}-{number}"
         path = log_folder(self.settings) / f"worker-{number}.log"
         if path.exists() and path.stat().st_size > LARGEST_LOG:
             path.replace(path.with_suffix(".log.1"))
-        with self._lock, open(path, "ab") as log:
-            if self._stop.is_set():
-                return 0
-            process = subprocess.Popen(
-                [sys.executable, "-m", "luthier.cli", "worker", "--attached", "--name", name],
-                stdin=subprocess.PIPE,  # its end tells the worker that this process is gone
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env=child_environment(**child_settings(self.settings), PYTHONUNBUFFERED="1"),
-            )
-            self._running[number] = process
-        code = process.wait()
-        end_group(process)  # what it may have left behind
-        if process.stdin is not None:
-            process.stdin.close()
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs, self._lock, open(path, "ab") as log:
+                if self._stop.is_set():
+                    return 0
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "luthier.cli", "worker", "--attached", "--name", name],
+                    stdin=theirs.fileno(),
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    env=child_environment(**child_settings(self.settings), PYTHONUNBUFFERED="1"),
+                )
+                self._running[number] = process
+            if not _lives(ours):
+                say(f"Worker {number} does not answer and is killed.")
+                process.kill()
+            code: int = process.wait()
+            end_group(process)  # what it may have left behind
         return code
+
+
+def _lives(line: socket.socket) -> bool:
+    """Wait for the end of whoever is at the other end of `line`; False when it has been silent for too long instead."""
+    silent = 0
+    while silent < SILENT_PULSES:
+        if not select.select([line], [], [], PULSE)[0]:
+            silent += 1
+        elif line.recv(4096):
+            silent = 0
+        else:
+            return True
+    return False
+
+
+def say(words: str) -> None:
+    console(stderr=True).print(words, markup=False, soft_wrap=True)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -148,8 +174,7 @@ class Announced(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            words = f"Luthier listens at {self.url}. Clients: export OPENAI_BASE_URL={self.url}/v1 OPENAI_API_KEY=..."
-            console(stderr=True).print(words, markup=False, soft_wrap=True)
+            say(f"Luthier listens at {self.url}. Clients: export OPENAI_BASE_URL={self.url}/v1 OPENAI_API_KEY=...")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         from luthier.api.follow import end_all

@@ -6,6 +6,7 @@ Does not know: routes, jobs, and how the processes are kept (running.py).
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
@@ -13,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from luthier.settings import Settings
     from luthier.store.db import Database
     from luthier.store.keys import Keys
+
+PULSE = 1.0  # seconds between two signs of life of a worker that a server started
 
 DatabaseUrl = Annotated[
     str | None,
@@ -76,17 +80,18 @@ def worker(
     """
     from luthier.work.worker import Worker
 
+    stop = threading.Event()
+    if attached:
+        threading.Thread(target=_pulse, daemon=True).start()
+        threading.Thread(target=_end_with_stdin, args=(stop,), daemon=True).start()
     settings = configured(None, None, database)
     store = open_store(settings)
     store.migrate()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr, force=True
     )
-    stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    if attached:
-        threading.Thread(target=_end_with_stdin, args=(stop,), daemon=True).start()
     called = name or f"{socket.gethostname()}-{os.getpid()}"
     console(stderr=True).print(f"Worker {called} waits for jobs in {store.home}.", markup=False, soft_wrap=True)
     try:
@@ -100,6 +105,14 @@ def _end_with_stdin(stop: threading.Event) -> None:
     while os.read(0, 1024):
         pass
     stop.set()
+
+
+def _pulse() -> None:
+    """Tell the server at the other end that this process is not stopped."""
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(0, b".")
+            time.sleep(PULSE)
 
 
 def configured(base: list[str] | None = None, alias: list[str] | None = None, database: str | None = None) -> Settings:

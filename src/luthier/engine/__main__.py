@@ -1,17 +1,20 @@
 """`python -m luthier.engine RUN`: a process's only way into the engine. Carries out the run folder it is given.
 
 Ends with code 0 when the run succeeded or was stopped as asked, else with the error's own code; the last event says
-which. Does not know: who started it.
+which. When not even that can be written, the code is UNTOLD. Does not know: who started it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable
 
-from luthier.spec.errors import BadData, Broken, LuthierError
-from luthier.spec.run import RunFolder
+from luthier.spec.errors import BadData, Broken, LuthierError, NotNow
+from luthier.spec.run import UNTOLD, RunFolder, is_full
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 
 
 def main(arguments: list[str]) -> int:
@@ -59,17 +62,26 @@ def _told(run: RunFolder, work: Callable[[], None]) -> int:
     except LuthierError as error:
         failure = error
     except Exception as error:  # noqa: BLE001, a process's edge: record it and end
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log lies on the disk that may just have filled up
+            traceback.print_exc()
         failure = _unforeseen(error, run)
     problems = [problem.as_dict() for problem in failure.problems] if isinstance(failure, BadData) else []
-    run.emit("failed", status="failed", **failure.as_dict(), problems=problems)
+    try:
+        run.emit("failed", status="failed", **failure.as_dict(), problems=problems)
+    except OSError:
+        with contextlib.suppress(OSError):
+            print(failure, file=sys.stderr)
+        return UNTOLD
     return failure.exit_code
 
 
-def _unforeseen(error: Exception, run: RunFolder) -> Broken:
-    """What was not raised on purpose is our fault, but for memory, of which torch tells only in its words."""
+def _unforeseen(error: Exception, run: RunFolder) -> LuthierError:
+    """What was not raised on purpose is our fault, but for a full disk, and for memory, of which libraries tell only in
+    their words."""
     words = str(error).lower()
-    if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
+    if is_full(error):
+        return NotNow("The disk is full.", hint="Make room, then go on from the last checkpoint.")
+    if isinstance(error, MemoryError) or any(sign in words for sign in NO_MEMORY):
         return Broken("Memory ran out.", hint="Lower --micro-tokens or --max-length, or choose a smaller base.")
     return Broken(f"{type(error).__name__}: {error}", hint=f"The whole story is in {run.log}.")
 

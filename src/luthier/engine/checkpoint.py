@@ -9,7 +9,6 @@ Does not know: what the tensors mean.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.spec.errors import NotNow
-from luthier.spec.run import fsync_directory
+from luthier.spec.run import fsync_directory, is_full
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -67,8 +66,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str
 
 
 def _not_written(folder: Path, step: int, error: Exception) -> Exception:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    words = "the disk is full" if full or "No space" in str(error) or "too large" in str(error) else str(error)
+    words = "the disk is full" if is_full(error) else str(error)
     kept = steps(folder)
     last = f"The checkpoint of step {kept[-1]} is intact." if kept else "There is no earlier checkpoint."
     return NotNow(

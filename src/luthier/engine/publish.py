@@ -7,7 +7,6 @@ Does not know: how the weights were trained, whether they are good (evaluate.py)
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -29,7 +28,7 @@ from luthier.engine.adapters import Start, fingerprint
 from luthier.engine.sources import read_json
 from luthier.spec.errors import LuthierError, NotNow, UserError
 from luthier.spec.job import TrainRequest
-from luthier.spec.run import fsync_directory, write_json
+from luthier.spec.run import fsync_directory, is_full, write_json
 
 __all__ = ["Start", "dry_run", "fingerprint", "generation_settings", "publish"]
 
@@ -134,10 +133,9 @@ def _work_folder(out: Path) -> Path:
 
 
 def _cannot_write(out: Path, error: OSError) -> NotNow:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return NotNow(
         f"The result cannot be written to {out}: {error.strerror or error}.",
-        hint="Free some space there." if full else "Choose a folder that you may write to with --out.",
+        hint="Free some space there." if is_full(error) else "Choose a folder that you may write to with --out.",
         param="out",
     )
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from luthier.engine import adapters
-from luthier.engine.sources import refuse_unsafe
+from luthier.engine.sources import read_json, refuse_unsafe
 from luthier.spec.errors import BadSetting, NotFound
 
 PACKED_FOR = 16  # rows that a packed weight is made for; it serves any number
@@ -195,11 +195,18 @@ class Shelf:
                 f"tokenizer from the {wanted.name} it needs (content {wanted.hash[:12]}).",
                 param="model",
             )
-        digest = hashlib.sha256()
+        published = read_json(folder / adapters.NOTE).get("files") or {}
+        whole = hashlib.sha256()
         for name in FILES:
-            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+            digest = hashlib.sha256((folder / name).read_bytes())
+            whole.update(digest.digest())
+            if name in published and published[name]["sha256"] != digest.hexdigest():
+                raise BadSetting(
+                    f"The adapter {folder.name} is damaged: its {name} is not the one that was published.",
+                    param="model",
+                )
         made, state = adapters.fitted(skeleton(self._model), folder)
-        return Adapter(digest.hexdigest(), self._changes(made, state, folder))
+        return Adapter(whole.hexdigest(), self._changes(made, state, folder))
 
     def _changes(self, made: nn.Module, state: Mapping[str, Tensor], folder: Path) -> dict[str, Change]:
         found = {}

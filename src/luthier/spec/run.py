@@ -20,6 +20,7 @@ Does not know: what training is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -49,6 +50,14 @@ EVENTS: dict[str, str] = {
     "failed": "status (failed), code, message, hint, param, problems",
 }
 TERMINAL = frozenset({"finished", "stopped", "failed"})
+UNTOLD = 74  # exit code of an engine whose disk did not take its last event (EX_IOERR of sysexits.h)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether `error` tells of a disk without room. Libraries that are not Python's own tell in words only."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def fsync_directory(path: Path) -> None:
@@ -83,7 +92,8 @@ def write_json(path: Path, value: Any) -> None:
 def append_line(path: Path, text: str) -> None:
     """Append one whole line in a single write, one writer at a time, so that lines of two processes never mix.
 
-    A half line that a killed writer left is closed first: it stays one broken line instead of eating ours.
+    A half line that a killed writer left is closed first: it stays one broken line instead of eating ours. Raises
+    OSError, also when the disk took only a part.
     """
     raw = text.encode() + b"\n"
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -92,7 +102,8 @@ def append_line(path: Path, text: str) -> None:
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             raw = b"\n" + raw
-        os.write(handle, raw)
+        if os.write(handle, raw) != len(raw):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(handle)
 

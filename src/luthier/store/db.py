@@ -3,7 +3,9 @@
 SQLite by default: one file, write-ahead log, every commit synced, and writers take the write lock when they begin, so
 that no transaction finds out at its end that it came too late. A file locks reliably on one machine only; workers on
 several machines need PostgreSQL. There the few places where "look, then write" must be one act take an advisory lock.
-Transactions are short: nobody computes, reads a stream or waits for a process inside one.
+Transactions are short: nobody computes, reads a stream or waits for a process inside one. Whoever is stopped or cut
+off in the middle of one must not keep its locks: PostgreSQL ends it after IDLE_SECONDS; on SQLite it is a process of
+this machine, and whoever started it kills it (cli/running.py).
 Does not know: what is stored (tables.py has the columns, the other files their meaning).
 """
 
@@ -40,7 +42,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, OperationalError, TimeoutError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, TimeoutError
 
 from luthier.spec.errors import BadSetting, NotFound, NotNow, UserError
 from luthier.store.tables import places
@@ -50,6 +52,7 @@ T = TypeVar("T")
 
 ALPHABET = string.ascii_letters + string.digits
 BUSY_SECONDS = 30
+IDLE_SECONDS = 30  # that PostgreSQL lets a transaction wait for its client's next word
 PLACES_KEPT_SECONDS = 24 * 3600
 
 
@@ -99,13 +102,15 @@ class Database:
     def _engine(self) -> Engine:
         if not self.is_sqlite:
             try:
-                return create_engine(self.url, pool_pre_ping=True)
+                engine = create_engine(self.url, pool_pre_ping=True)
             except ModuleNotFoundError as error:
                 raise BadSetting(
                     f"The driver for {self.url.get_backend_name()} is not installed.",
                     hint="pip install 'luthier[postgres]'",
                     param="database_url",
                 ) from error
+            event.listen(engine, "connect", _prepare_postgres)
+            return engine
         self.home.mkdir(parents=True, exist_ok=True)
         engine = create_engine(self.url, connect_args={"timeout": BUSY_SECONDS})
         event.listen(engine, "connect", _prepare_sqlite)
@@ -121,8 +126,10 @@ class Database:
         try:
             with self.engine.connect().execution_options(luthier_writes=writes) as connection, connection.begin():
                 yield connection
-        except (OperationalError, TimeoutError) as error:  # the second: no connection of the pool became free
-            why = error.orig if isinstance(error, OperationalError) else error
+        except (DBAPIError, TimeoutError) as error:  # the second: no connection of the pool became free
+            if not (isinstance(error, OperationalError | TimeoutError) or error.connection_invalidated):
+                raise
+            why = error.orig if isinstance(error, DBAPIError) else error
             raise NotNow(
                 f"The database {self.url.render_as_string(hide_password=True)} does not answer: {why}.",
                 hint="Check that it runs, that its folder can be written, and that its disk is not full.",
@@ -246,6 +253,12 @@ def _prepare_sqlite(raw: Any, record: Any) -> None:
     if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         cursor.execute("PRAGMA journal_mode = WAL")
     cursor.close()
+
+
+def _prepare_postgres(raw: Any, record: Any) -> None:
+    with raw.cursor() as cursor:
+        cursor.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
+    raw.commit()
 
 
 def _begin_sqlite(connection: Connection) -> None:

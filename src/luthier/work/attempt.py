@@ -2,22 +2,26 @@
 
 An engine that is killed is started again from the last checkpoint, until DEATHS of them died without getting as far as
 a new one. One that has said its last word and does not leave is ended. A pause, and the worker's own end, are a note in
-the run folder: the engine saves and leaves by itself. A cancel is a signal.
+the run folder: the engine saves and leaves by itself. A cancel is a signal. Where the engine of a worker that was lost
+still runs (the worker was stopped, or cut off, but not dead), it is asked to save and leave first; then it is killed.
 Does not know: the store's tables (record.py writes), files and models.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from luthier.spec.errors import NotNow
-from luthier.spec.run import RunFolder
+from luthier.spec.run import UNTOLD, RunFolder
 from luthier.store.leases import LeaseLost
 from luthier.work.hold import Hold
 from luthier.work.launch import Child
@@ -32,8 +36,10 @@ DEATHS = 3
 TERM_SECONDS = 5.0  # from SIGTERM to SIGKILL
 LEAVE_SECONDS = 5.0  # from the last event to SIGKILL
 SAVE_SECONDS = 20.0  # that a worker which is to end leaves the engine to save; who ended it waits 30
-BUSY_SECONDS = 120.0  # how long an engine of a lost worker may still hold the run's lock
+ASK_SECONDS = 20.0  # that an engine of a lost worker has to save and leave before it is killed
+BUSY_SECONDS = 120.0  # and to be gone, where it runs on another machine and cannot be killed from here
 LOG_BYTES = 4000
+DISK_FULL = "The disk of the data folder is full or cannot be written: the engine could not even say how far it came."
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +70,15 @@ class Attempt:
 
     def to_the_end(self) -> Fate:
         """Raises LeaseLost, with no engine left running; OSError."""
+        if not self._alone():
+            return Fate("failed", "unavailable", "An engine of a lost worker still holds the job's run folder.")
         self.recorder.read()
         if self._has_result():  # by a worker that was lost before it could say so
             self._write_all()
             return Fate("finished")
-        deaths, busy_since, checkpoints = 0, time.monotonic(), self.recorder.checkpoints
+        if self.hold.wanted == "cancel" or self.stop.is_set():
+            return Fate("released")
+        deaths, checkpoints = 0, self.recorder.checkpoints
         while True:
             code, ended = self._one()
             if ended:
@@ -76,11 +86,8 @@ class Attempt:
             fate = self._told()
             if fate is not None:
                 return fate
-            if code == NotNow.exit_code:
-                if time.monotonic() - busy_since > BUSY_SECONDS:
-                    return Fate("failed", "unavailable", "An engine of a lost worker still holds the job's run folder.")
-                self.stop.wait(1)
-                continue
+            if code == UNTOLD:
+                return Fate("failed", "unavailable", DISK_FULL)
             if code >= 0:
                 logger.warning("%s: exit code %s: %s", self.run.path.name, code, self._last_words())
                 return Fate("failed", message=f"The engine ended with exit code {code} and did not say why.")
@@ -89,6 +96,43 @@ class Attempt:
             logger.warning("%s: engine ended by signal %s, death %s", self.run.path.name, -code, deaths)
             if deaths >= DEATHS:
                 return Fate("failed", "engine_killed", _killed(-code, deaths))
+
+    def _alone(self) -> bool:
+        """Wait until no engine of another worker holds the run: whether it is so, or nothing is wanted of us any more.
+
+        Raises LeaseLost."""
+        begun = time.monotonic()
+        while not self._free():
+            waited = time.monotonic() - begun
+            cancelled = self.hold.wanted == "cancel"
+            if cancelled or waited > ASK_SECONDS:
+                self._kill_holder()
+            elif not self.run.stop_asked:
+                self.run.ask_to_stop()
+            if self.stop.is_set() or (cancelled and waited > TERM_SECONDS):
+                return True
+            if waited > BUSY_SECONDS:
+                return False
+            self.hold.check()
+            self.stop.wait(POLL)
+        return True
+
+    def _free(self) -> bool:
+        try:
+            with self.run.owned():
+                return True
+        except NotNow:
+            return False
+
+    def _kill_holder(self) -> None:
+        """The engine that last said it began here, when it is a process of this machine and still of this run."""
+        started = [event for _, event in self.run.events() if event["type"] == "started"]
+        pid = int(started[-1]["pid"]) if started else 0
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if pid > 0 and os.fsencode(self.run.path.name) in b"/".join(words).split(b"/"):
+                logger.warning("%s: killing the engine %s of a lost worker", self.run.path.name, pid)
+                os.kill(pid, signal.SIGKILL)
 
     def _one(self) -> tuple[int, bool]:
         """One engine, to its end: its exit code; whether it was us, or the note, that ended it."""

@@ -44,16 +44,20 @@ class Hold:
             raise LeaseLost(f"The job {self.lease.job_id} is no longer held by this worker.")
 
     def _beat_on(self) -> None:
+        try:
+            self._beats()
+        finally:  # whatever ended it: a job for which nobody beats is soon another's
+            self.lost = not self._over.is_set()
+
+    def _beats(self) -> None:
         while not self._over.wait(self.every):
             begun = time.monotonic()
             try:
                 self.wanted = self.leases.beat(self.lease)
                 self._heard = begun
             except LeaseLost:
-                self.lost = True
                 return
             except NotNow as error:
                 logger.warning("%s: %s", self.lease.job_id, error)
                 if time.monotonic() - self._heard >= self.lease.seconds:
-                    self.lost = True
                     return

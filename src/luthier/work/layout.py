@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from luthier.spec.bases import Bases
 from luthier.spec.errors import LuthierError, NotFound, UserError
 from luthier.spec.job import make_request
-from luthier.spec.run import RunFolder
+from luthier.spec.run import RunFolder, write_json
 from luthier.store.db import Database
 from luthier.store.files import Files
 from luthier.store.jobs import Job
@@ -31,6 +32,7 @@ NAMES = {  # a job's hyperparameter -> the engine's option
 }
 LEGACY_MULTIPLIER = 0.1  # the older API's usual value: it means this server's own rate
 CLASSIFICATION = ("classification_n_classes", "classification_positive_class", "classification_betas")
+PLACES = ("model", "data", "validation", "continue_from")  # fields of a request that name files
 PARAMS = {  # the engine's word for what was wrong -> the job's
     "data": "training_file",
     "validation": "validation_file",
@@ -59,12 +61,14 @@ def run_folder(database: Database, job_id: str) -> RunFolder:
 
 
 def lay_out(database: Database, bases: Bases, job: Job) -> RunFolder:
-    """The run folder of `job`, made unless there is one already.
+    """The run folder of `job`, made unless there is one already; then its paths become those of this machine.
 
     Raises FileGone, NotFound for a base or parent that is no longer offered, BadSetting, OSError.
     """
     run = run_folder(database, job.id)
     if run.request.is_file():
+        with contextlib.suppress(NotFound):  # no longer offered, which is no matter to a run that has begun
+            _bring_here(run, _request(database, bases, job, run))
         return run
     request = _request(database, bases, job, run)
     values = make_request(request).model_dump(mode="json", exclude_unset=True)
@@ -77,6 +81,17 @@ def lay_out(database: Database, bases: Bases, job: Job) -> RunFolder:
         if file_id is not None:
             _bring(blob_of(files, which, file_id), data_file(run, which))
     return run.create(values)
+
+
+def _bring_here(run: RunFolder, values: dict[str, Any]) -> None:
+    """Let a run that another machine began name its files as this one mounts them; nothing else of it changes."""
+    try:
+        known = json.loads(run.request.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # the engine tells that it is damaged
+    here = {**known, **{name: values[name] for name in PLACES if name in values}}
+    if here != known:
+        write_json(run.request, here)
 
 
 def data_file(run: RunFolder, which: str) -> Path:

@@ -145,15 +145,28 @@ class Recorder:
 
     def _write_checkpoint(self, offset: int, event: dict[str, Any], metrics: dict[str, float]) -> None:
         """Register the checkpoint that can be served, when it (still) is there, and strike those that are gone."""
-        step, published = event["step"], event.get("published")
-        if published and Path(published).is_dir():
-            model = self.register(Path(published), step=step)
+        step = event["step"]
+        model = self._published(event)
+        if model is not None:
             self.leases.add_checkpoint(self.lease, step=step, model=model.name, metrics={**metrics, "step": step})
             if self.job.kind == "modern":
                 text = f"Checkpoint created at step {step}"
                 draft = EventDraft(text, offset, created_at=int(event["time"]), data={"step": step})
                 self.leases.append_events(self.lease, [draft])
             self._strike_old()
+
+    def _published(self, event: dict[str, Any]) -> Model | None:
+        """The model of a checkpoint event; None when it is none, or gone: the engine keeps only the last few, and may
+        remove one while it is being read here."""
+        if not event.get("published"):
+            return None
+        folder = self.run.published / Path(event["published"]).name  # its machine may mount the data folder elsewhere
+        try:
+            return self.register(folder, step=event["step"]) if folder.is_dir() else None
+        except FileNotFoundError:
+            if folder.is_dir():
+                raise
+            return None
 
     def _strike_old(self) -> None:
         there = self.history.checkpoints(self.job.id, limit=1000).data

@@ -74,13 +74,24 @@ class Worker:
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set; then the running job is saved at a checkpoint and goes back into the queue."""
-        checker = threading.Thread(target=self._loop, args=("validate", stop), name="checker")
+        faults: list[Exception] = []
+
+        def check() -> None:
+            try:
+                self._loop("validate", stop)
+            except Exception as error:  # noqa: BLE001 (raised below: half a worker would leave jobs waiting for ever)
+                faults.append(error)
+                stop.set()
+
+        checker = threading.Thread(target=check, name="checker")
         checker.start()
         try:
             self._loop("run", stop)
         finally:
             stop.set()
             checker.join()
+        if faults:
+            raise faults[0]
 
     def _loop(self, stage: Stage, stop: threading.Event) -> None:
         while not stop.is_set():
@@ -96,7 +107,7 @@ class Worker:
         """Look for one job of that stage and do it; whether there was one. Raises NotNow."""
         if stage == "validate":
             for job in self.leases.reclaim_expired():
-                logger.warning("%s taken from worker %s", job.id, job.worker)
+                logger.warning("%s taken from a worker that was lost", job.id)
         claimed = self.leases.claim(self.name, self.lease_seconds, stage)
         if claimed is None:
             return False
