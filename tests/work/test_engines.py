@@ -74,11 +74,19 @@ def test_one_that_is_killed_again_and_again_fails_the_job(bench: Bench, tmp_path
     }
 
 
-def test_one_that_says_nothing_fails_the_job(bench: Bench, tmp_path: Path) -> None:
-    bench.start(command=engine(tmp_path, "sys.exit(3)"))
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("sys.exit(3)", "exit code 3: it did not say why."),
+        ("raise MemoryError", "exit code 1: memory ran out."),
+        ("raise ImportError('libtorch_cpu.so: failed to map segment')", "exit code 1: memory ran out."),
+    ],
+)
+def test_one_that_says_nothing_fails_the_job(code: str, why: str, bench: Bench, tmp_path: Path) -> None:
+    bench.start(command=engine(tmp_path, code))
     job = bench.ended(bench.submit())
     assert job.error is not None
-    assert job.error["message"] == "The engine ended with exit code 3 and did not say why."
+    assert job.error["message"] == f"The engine ended with {why}"
 
 
 def test_the_reason_of_a_failed_run_is_the_jobs_without_paths(bench: Bench, tmp_path: Path) -> None:

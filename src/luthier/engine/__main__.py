@@ -12,9 +12,7 @@ import traceback
 from collections.abc import Callable
 
 from luthier.spec.errors import BadData, Broken, LuthierError, NotNow
-from luthier.spec.run import UNTOLD, RunFolder, is_full
-
-NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
+from luthier.spec.run import UNTOLD, RunFolder, is_full, is_out_of_memory
 
 
 def main(arguments: list[str]) -> int:
@@ -78,10 +76,9 @@ def _told(run: RunFolder, work: Callable[[], None]) -> int:
 def _unforeseen(error: Exception, run: RunFolder) -> LuthierError:
     """What was not raised on purpose is our fault, but for a full disk, and for memory, of which libraries tell only in
     their words."""
-    words = str(error).lower()
     if is_full(error):
         return NotNow("The disk is full.", hint="Make room, then go on from the last checkpoint.")
-    if isinstance(error, MemoryError) or any(sign in words for sign in NO_MEMORY):
+    if isinstance(error, MemoryError) or is_out_of_memory(str(error)):
         return Broken("Memory ran out.", hint="Lower --micro-tokens or --max-length, or choose a smaller base.")
     return Broken(f"{type(error).__name__}: {error}", hint=f"The whole story is in {run.log}.")
 

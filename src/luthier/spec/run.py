@@ -60,6 +60,17 @@ def is_full(error: BaseException) -> bool:
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
+NO_MEMORY = (  # as Python, torch, oneDNN, OpenBLAS and the dynamic linker say it, in lower case
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "memoryerror",
+    "memory allocation", "could not create a primitive", "failed to map segment",
+)  # fmt: skip
+
+
+def is_out_of_memory(words: str) -> bool:
+    """Whether what a process said at its end tells that memory ran out."""
+    return any(sign in words.lower() for sign in NO_MEMORY)
+
+
 def fsync_directory(path: Path) -> None:
     """Make a rename inside `path` survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

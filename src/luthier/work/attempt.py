@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from luthier.spec.errors import NotNow
-from luthier.spec.run import UNTOLD, RunFolder
+from luthier.spec.run import UNTOLD, RunFolder, is_out_of_memory
 from luthier.store.leases import LeaseLost
 from luthier.work.hold import Hold
 from luthier.work.launch import Child
@@ -90,7 +90,8 @@ class Attempt:
                 return Fate("failed", "unavailable", DISK_FULL)
             if code >= 0:
                 logger.warning("%s: exit code %s: %s", self.run.path.name, code, self._last_words())
-                return Fate("failed", message=f"The engine ended with exit code {code} and did not say why.")
+                why = "memory ran out." if is_out_of_memory(self._last_words()) else "it did not say why."
+                return Fate("failed", message=f"The engine ended with exit code {code}: {why}")
             deaths = 1 if self.recorder.checkpoints > checkpoints else deaths + 1
             checkpoints = self.recorder.checkpoints
             logger.warning("%s: engine ended by signal %s, death %s", self.run.path.name, -code, deaths)
