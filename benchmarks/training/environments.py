@@ -37,4 +37,4 @@ def python_of(requirements: Path, under: Path) -> Path:
 
 
 def digest(requirements: Path) -> str:
-    return hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(requirements.read_bytes()).hexdigest()[:10]

@@ -24,6 +24,7 @@ from benchmarks.training.systems import HERE, System
 from benchmarks.training.workloads import Case
 
 ROOT = HERE.parent.parent
+REFERENCE_USES = ("peft==", "torch==", "transformers==")  # of our own environment
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ def version(system: System) -> str:
     """What a system's figures belong to: its versions, or for Luthier its sources."""
     if system.driver == "luthier_engine":
         return engine_code()
-    return environments.digest(system.requirements if system.environment else ROOT / "requirements.lock")[:10]
+    if system.environment:
+        return environments.digest(system.requirements)
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pins = [line.partition("#")[0].strip() for line in lines if line.startswith(REFERENCE_USES)]
+    return hashlib.sha256("\n".join(pins).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)

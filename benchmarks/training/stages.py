@@ -91,7 +91,11 @@ def series_folder(place: Place, series: str, case: Case) -> Path:
 
 def take_turns(place: Place, case: Case, systems: Sequence[System], series: str, rounds: int, seconds: float) -> None:
     """Rounds of one process for each system that the gate let through, in turning order, and the ceiling in each."""
-    able = [system for system in systems if prove(place, case, system)["passed"]]
+    verdicts = {system: runs.load(gate_folder(place, case, system) / "verdict.json") for system in systems}
+    for system in systems:
+        if verdicts[system] is None:
+            say(f"{case.name} {system.name}: no time, for it has not been at the gate")
+    able = [system for system in systems if (verdict := verdicts[system]) and verdict["passed"]]
     for number in range(rounds):
         for name in ratios.order([CEILING.name, *(system.name for system in able)], number):
             system = CEILING if name == CEILING.name else SYSTEMS[name]

@@ -14,7 +14,7 @@ from benchmarks.training.workloads import GEMMA, Case
 HERE = Path(__file__).resolve().parent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class System:
     """One line of a table. `environment` "" is Luthier's own."""
 
