@@ -24,6 +24,7 @@ from benchmarks.training.systems import HERE, System
 from benchmarks.training.workloads import Case
 
 ROOT = HERE.parent.parent
+ENDED = (-15, 124, 143)  # exit codes of a process that was asked to end
 REFERENCE_USES = ("peft==", "torch==", "transformers==")  # of our own environment
 
 
@@ -141,7 +142,10 @@ def judged(place: Place, out: Path) -> dict[str, float] | None:
 
 
 def start(place: Place, driver: str, out: Path, python: Path | None) -> None:
-    """Run a driver on the job in `out` and wait for it; what it says goes to `out`/log."""
+    """Run a driver on the job in `out` and wait for it; what it says goes to `out`/log.
+
+    Raises SystemExit when it was ended from outside, which says nothing about the trainer.
+    """
     command = [
         *shlex.split(place.launcher),
         str(python or sys.executable),
@@ -149,7 +153,9 @@ def start(place: Place, driver: str, out: Path, python: Path | None) -> None:
         f"benchmarks.training.drivers.{driver}",
     ]
     with (out / "log").open("ab") as said:
-        subprocess.run([*command, str(out / "job.json")], stdout=said, stderr=said, env=_environment(), cwd=ROOT)
+        done = subprocess.run([*command, str(out / "job.json")], stdout=said, stderr=said, env=_environment(), cwd=ROOT)
+    if done.returncode in ENDED:
+        raise SystemExit(f"{out}: its process was ended from outside. The same command goes on from here.")
 
 
 def last_words(out: Path) -> str:

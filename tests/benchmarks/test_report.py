@@ -96,3 +96,10 @@ def test_the_seconds_to_a_loss_lie_on_the_line_between_two_measurements() -> Non
     assert figures.to_reach(line, 3.5) == 5.0
     assert figures.to_reach(line, 2.75) == 15.0
     assert figures.to_reach(line, 2.0) is None
+
+
+def test_a_run_that_was_ended_from_outside_is_no_verdict(tmp_path: Path) -> None:
+    place = runs.Place(tmp_path, "sh -c 'exit 143'")
+    with pytest.raises(SystemExit, match="ended from outside"):
+        runs.start(place, "flat", tmp_path, None)
+    assert not (tmp_path / "result.json").exists()

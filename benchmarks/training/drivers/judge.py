@@ -1,6 +1,6 @@
 """Held-out loss of what some trainer has learnt, measured by one and the same float32 model for all of them.
 
-Reads weights-*.safetensors in the job's folder and writes judged.json: the loss by step, step 0 being the start.
+Reads weights-*.safetensors in the job's folder and writes judged.json: the loss by step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def losses(job: jobs.Job) -> dict[str, float]:
     own = {jobs.plain_name(name): weight for name, weight in model.named_parameters()}
     wanted = {name for name in own if job.full or "lora_" in name}
     rows = jobs.rows(job, "held_out")
-    found = {"0": measure(model, rows)}
+    # Everybody starts alike, so the start is measured for the reference, and where a curve is wanted.
+    found = {"0": measure(model, rows)} if job.setting == "reference" or job.keep_every < job.steps else {}
     for path in sorted(Path(job.out).glob("weights-*.safetensors"), key=lambda path: int(path.stem.split("-")[1])):
         learnt = load_file(path)
         if set(learnt) != wanted:
