@@ -27,16 +27,27 @@ def _sharing(stack: ExitStack) -> None:
 
 def _blocks(stack: ExitStack) -> None:
     """Attention by one dense mask over the whole forest instead of causal and rectangular blocks."""
+    import torch
+
     from luthier.engine import attention
 
-    class Dense:
-        @staticmethod
-        def apply(query: Any, key: Any, value: Any, plan: Any, scale: float) -> Any:
-            found, window = plan
-            return attention.masked_attention(query, key, value, found.dense(window), scale)
+    graphs: dict[int, Any] = {}  # by the address of a layer's output, from its forward to its backward
 
-    stack.enter_context(mock.patch.object(attention, "_ForestAttention", Dense))
-    stack.enter_context(mock.patch.object(attention.Plan, "blocks", lambda self, window, dtype: (self, window)))
+    def forward(query: Any, key: Any, value: Any, plan: Any, window: int | None, scale: float) -> Any:
+        inputs = [part.detach().requires_grad_() for part in (query, key, value)]
+        with torch.enable_grad():
+            output = attention.masked_attention(*inputs, plan.dense(window), scale)
+        saved = attention.Saved(query, key, value, output.detach(), output.new_empty(0), plan, window, scale)
+        graphs[saved.output.data_ptr()] = output, inputs
+        return saved.output, saved
+
+    def backward(gradient: Any, saved: Any) -> Any:
+        output, inputs = graphs.pop(saved.output.data_ptr())
+        return torch.autograd.grad(output, inputs, gradient)
+
+    stack.callback(graphs.clear)
+    stack.enter_context(mock.patch.object(attention, "forward", forward))
+    stack.enter_context(mock.patch.object(attention, "backward", backward))
 
 
 def _packing(stack: ExitStack) -> None:
