@@ -88,11 +88,8 @@ def test_model_template_and_length(model: Path, tmp_path: Path, capsys: pytest.C
     assert (code, kinds(report)) == (1, {"too_long": 1})
     assert f"{tokens:,.0f} tokens; a cut at 40" in report["findings"][0]["details"][0]
     template = tmp_path / "longer.jinja"
-    template.write_text(
-        tiny_models.CHATML.replace("message['role']", "message['role'] + ' says'").replace(
-            "assistant\\n", "assistant says\\n"
-        )
-    )
+    longer = tiny_models.CHATML.replace("message['role']", "message['role'] + ' says'")
+    template.write_text(longer.replace("assistant\n", "assistant says\n"))
     _, report = as_json(capsys, path, "--model", model, "--template", template)
     assert report["statistics"]["files"][str(path)]["tokens"]["max"] > tokens
 
