@@ -19,6 +19,7 @@ from luthier import __version__
 from luthier.cli import data, files, jobs, keys, models
 from luthier.cli.chat import chat
 from luthier.cli.check import check
+from luthier.cli.convert import convert
 from luthier.cli.evaluate import evaluate
 from luthier.cli.mix import mix
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
@@ -46,6 +47,7 @@ data.app.command("check")(check)
 data.app.command("prepare")(prepare)
 data.app.command("mix")(mix)
 data.app.command("split")(split)
+data.app.command("convert")(convert)
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
 app.command()(serve)

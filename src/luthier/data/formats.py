@@ -37,7 +37,7 @@ FORMATS: dict[str, str] = {
     "sharegpt": "{conversations, system?, tools?} with from/value (or role/content) turns; every answer is learnt.",
     "text": "{text}, or a .txt file as one document; everything is learnt.",
 }
-_KEYS: dict[str, frozenset[str]] = {
+KEYS: dict[str, frozenset[str]] = {
     "chat": frozenset({"messages", "tools", "parallel_tool_calls", "functions"}),
     "completion": frozenset({"prompt", "completion"}),
     "conversational": frozenset({"prompt", "completion", "tools", "parallel_tool_calls"}),
@@ -157,8 +157,8 @@ class Reader:
             wanted = f"{_a(self.format)} record, as in line {self.format_line}"
             findings.error("", f"{_a(kind)} record", wanted, "Put each format into a file of its own.")
             return None
-        if not value.keys() <= _KEYS[kind]:
-            self._note_unknown(value, _KEYS[kind], record)
+        if not value.keys() <= KEYS[kind]:
+            self._note_unknown(value, KEYS[kind], record)
         return dataclasses.replace(_READERS[kind](value, findings), line=record.line, row=record.row)
 
     def _refuse_shape(self, value: Any, findings: Findings) -> None:
@@ -181,7 +181,7 @@ class Reader:
     def unknown_keys(self) -> Iterator[Problem]:
         for key, (line, row, count) in self.unknown.items():
             found = f"the key {quote(key)} in {count:,} record{'s' if count > 1 else ''}"
-            wanted = "only " + ", ".join(sorted(_KEYS[self.format or "text"]))
+            wanted = "only " + ", ".join(sorted(KEYS[self.format or "text"]))
             yield Problem(line, key, found, wanted, "It was ignored.", row, "warning", self.file)
 
 

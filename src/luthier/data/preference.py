@@ -69,13 +69,23 @@ def _prompt(value: dict[str, Any], findings: Findings) -> tuple[list[Message], t
     if system is not None and not isinstance(system, str):
         findings.error("system", shown(system), "text")
     turns = [Message("system", system)] if isinstance(system, str) and system else []
-    key = next((name for name in ("conversations", "messages", "prompt", "instruction") if name in value), None)
+    key = _prompt_key(value)
     if key is None:
         return turns, tools
     asked = value[key]
     if key == "instruction" and isinstance(asked, str) and isinstance(given, str) and given:
         asked = f"{asked}\n{given}" if asked else given
     return turns + _turns(asked, key, "user", findings), tools
+
+
+def _prompt_key(value: dict[str, Any]) -> str | None:
+    return next((name for name in ("prompt", "conversations", "messages", "instruction") if name in value), None)
+
+
+def known_keys(value: dict[str, Any]) -> frozenset[str]:
+    """The keys of a record that reading it makes use of."""
+    unused = {name for name in _PROMPTS if name != _prompt_key(value)} - {"input"}
+    return KEYS - (unused | {"instruction"} if isinstance(value.get("input"), dict) else unused)
 
 
 def _turns(value: Any, at: str, role: str, findings: Findings) -> list[Message]:

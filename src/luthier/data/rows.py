@@ -6,20 +6,23 @@ keeps its bytes. Does not know: what is done with rows.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from luthier.data.formats import Reader, detect
 from luthier.data.messages import Findings
+from luthier.data.moss import is_moss, read_moss
 from luthier.data.preference import read_preference
 from luthier.data.read import OnBytes, Record, is_plain_text, read_records
 from luthier.spec.data import Chat, Completion, Example, Message, Preference, Problem
 from luthier.spec.errors import BadData
 
+_SPECIAL = ("preference", "moss")
 SHOWN = 20  # problems of a refusal
 _SPACES = b" \t\r"
 
@@ -45,28 +48,46 @@ def read_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[Row | Pro
             hint="`luthier data convert` makes records of it: --from lines takes each line for a row.",
             param="file",
         )
-    reader, preferences, others = Reader(path.name), 0, 0
-    for record in read_records(path, on_bytes, keep_raw=True):
+    yield from rows_of(read_records(path, on_bytes, keep_raw=True), path.name)
+
+
+def rows_of(records: Iterable[Record | Problem], file: str) -> Iterator[Row | Problem]:
+    """What each record means, in order. A file has one format: that of its first record."""
+    reader, special, first_line = Reader(file), "", 0
+    for record in records:
         if isinstance(record, Problem):
             yield record
             continue
-        if detect(record.value) == "preference" and not others:
-            preferences = preferences or record.line
-            findings = Findings(path.name, record.line, record.row)
-            pair = read_preference(record, findings)
-            yield Row(record, None if findings.failed else pair, tuple(findings.problems))
-            continue
-        if preferences:
-            findings = Findings(path.name, record.line, record.row)
-            wanted = f"a preference record, as in line {preferences}"
-            findings.error("", "a record of another format", wanted, "Put each format into a file of its own.")
-            yield Row(record, None, tuple(findings.problems))
+        kind = kind_of(record.value)
+        if reader.format is None and not special and kind in _SPECIAL:
+            special, first_line = kind, record.line
+        if special:
+            findings = Findings(file, record.line, record.row)
+            meaning = _special(record, kind, special, first_line, findings)
+            yield Row(record, None if findings.failed else meaning, tuple(findings.problems))
             continue
         found = list(reader.read(record))
         problems = tuple(item for item in found if isinstance(item, Problem))
-        meaning = next((item for item in found if not isinstance(item, Problem)), None)
-        others += meaning is not None
-        yield Row(record, meaning, problems)
+        yield Row(record, next((item for item in found if not isinstance(item, Problem)), None), problems)
+
+
+def kind_of(value: Any) -> str | None:
+    """The format of a record: a name in formats.FORMATS, "preference", "moss", or None."""
+    return "moss" if is_moss(value) else detect(value)
+
+
+def _special(
+    record: Record, kind: str | None, wanted: str, line: int, findings: Findings
+) -> Example | Preference | None:
+    """What formats.py does not read, because nothing trains on it: preference and MOSS records."""
+    if kind != wanted:
+        hint = "Put each format into a file of its own."
+        findings.error("", "a record of another format", f"a {wanted} record, as in line {line}", hint)
+        return None
+    if kind == "preference":
+        return read_preference(record, findings)
+    chat = read_moss(record.value, findings)
+    return chat and dataclasses.replace(chat, line=record.line, row=record.row)
 
 
 def good_rows(path: Path, on_bytes: OnBytes | None, todo: str) -> Iterator[tuple[Record, Example | Preference]]:
