@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from luthier.data.fields import ColumnMap
 from luthier.data.convert import Converted, Plan, convert
 from luthier.data.encode import Unfit, encode
+from luthier.data.fields import ColumnMap
 from luthier.data.formats import read_examples
 from luthier.data.read import Record
 from luthier.data.rows import Row, rows_of

@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from luthier.data.fields import ColumnMap
 from luthier.data.convert import Plan, convert
+from luthier.data.fields import ColumnMap
 from luthier.data.messages import Findings
 from luthier.data.moss import read_moss
 from luthier.data.rows import Row

@@ -69,9 +69,9 @@ def convert(
     What comes out says the same as what went in: rows that the target cannot hold are refused by line, unless --lossy
     is given. MOSS plug-in records are read as chats with tool calls; tool results are context and never learnt.
     """
-    from luthier.data.fields import ColumnMap
     from luthier.data.convert import Plan
     from luthier.data.convert import convert as converted
+    from luthier.data.fields import ColumnMap
     from luthier.data.sources import Reading
 
     mapping = ColumnMap(_pairs(named, "map"), _pairs(written, "set"))
