@@ -19,7 +19,6 @@ from luthier.data.strict_json import JsonFault, parse_json
 from luthier.spec.data import Message
 
 MOST_ALTERNATIVES = 20
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 FIELDS: dict[str, tuple[str, str]] = {
     **inference.SAMPLING_FIELDS,

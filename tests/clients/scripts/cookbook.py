@@ -42,7 +42,7 @@ FUNCTIONS = [
 
 
 def finished(job):
-    done = until(lambda: (found := openai.fine_tuning.jobs.retrieve(job)).status in TERMINAL and found, 240)
+    done = until(lambda: (found := openai.fine_tuning.jobs.retrieve(job)).status in TERMINAL and found, 480)
     assert done.status == "succeeded", done.error
     return done
 
