@@ -1,6 +1,6 @@
 """Who takes part: each trainer with each setting, its environment, and what "tuned" came to.
 
-`micro` is rows in a micro-batch per case shape, found by trying 1, 2, 4, 8 and 16 on this kind of machine (two cores);
+`micro` is rows in a micro-batch per case shape, assumed for a machine of two cores, not found by trying yet;
 0 leaves the trainer's own default. Does not know: how a run is started.
 """
 

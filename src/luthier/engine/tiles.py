@@ -2,7 +2,8 @@
 
 A tile is a stretch of queries against a stretch of keys that they (almost all) see. Its scores are one product; the
 exponential, the weighted values and all gradients follow from it, so nothing larger than a tile ever exists. Three
-things make this as exact as it is fast in bfloat16, whose products torch rounds on their way out:
+things are meant to make this exact in bfloat16, whose products torch rounds on their way out. They do not suffice yet
+for rows of a thousand tokens of a real model, so attention.py hands float32 in, in which it is exact:
 
 - Scores leave their product with the row's log-sum-exp already taken off. It rides along as two more columns of the
   queries (its bfloat16 value and what that rounding lost) against ones in the keys. What gets rounded is then near
