@@ -230,6 +230,7 @@ def test_a_job_becomes_a_request(bench: Bench) -> None:
         "model": bench.settings.offered.sources["tiny"],
         "data": [str(run.path / "data" / "training.jsonl")],
         "validation": str(run.path / "data" / "validation.jsonl"),
+        "template": "auto",
         "epochs": 4,
         "learning_rate_multiplier": 0.5,
         "prompt_loss_weight": 0.01,
