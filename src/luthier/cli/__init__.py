@@ -21,6 +21,7 @@ from luthier.cli.chat import chat
 from luthier.cli.check import check
 from luthier.cli.convert import convert
 from luthier.cli.evaluate import evaluate
+from luthier.cli.fix import fix
 from luthier.cli.mix import mix
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
 from luthier.cli.prepare import prepare
@@ -44,6 +45,7 @@ app.command()(chat)
 app.command()(evaluate)
 app.command()(data.tokenize)
 data.app.command("check")(check)
+data.app.command("fix")(fix)
 data.app.command("prepare")(prepare)
 data.app.command("mix")(mix)
 data.app.command("split")(split)

@@ -178,7 +178,7 @@ KINDS: dict[str, Kind] = {
         "note",
         "completion without the ending of the others",
         "Luthier ends each completion with the end token; other programs stop only at a fixed ending.",
-        "--add-separators",
+        "--add-end-markers",
         by_row=False,
     ),
     "unknown_key": Kind("warning", "a key that no rule knows", "It is ignored: check that nothing needed is in it."),
