@@ -103,10 +103,19 @@ def bound_kernel_caches() -> None:
         os.environ.setdefault(name, value)
 
 
-def sleep_between_kernels() -> None:
-    """Let threads that wait for each other sleep instead of spin, unless the user has chosen. Before torch is imported.
+# How often a thread that waits for another looks again before it sleeps (libgomp's own unit, here about 0.1 ms): longer
+# than the Python between two kernels, shorter than the slice that another process would take.
+SPINS = "10000"
 
-    A step of serving is hundreds of short kernels. Where another process (a training job) takes a core, threads that
-    spin take turns with it at each of them: the 135M model, one stream on two cores, gave 6 tokens a second, asleep 30.
+
+def sleep_between_kernels() -> None:
+    """Let threads that wait for each other spin a little, then sleep, unless the user has chosen. Before torch's import.
+
+    A step of serving is hundreds of short kernels. Waking a sleeper costs as much as many of them: the 135M model, one
+    stream on two idle cores, gave 31 tokens a second asleep, 45 so. But where another process takes a core, threads
+    that only spin take turns with it at each kernel (6 tokens a second), so they sleep in the end, and jobs run at a
+    low priority (work/launch.py).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

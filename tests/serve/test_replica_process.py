@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from luthier.settings import SPINS, sleep_between_kernels
 from luthier.spec.serving import Part
 from tests.serve.replicas import Bench, ask, make_adapter
 
@@ -161,3 +162,19 @@ def test_no_other_output(tiny: Path) -> None:
     )
     assert done.returncode == 0
     assert json.loads(done.stdout.splitlines()[0])["ready"] is True
+
+
+def test_how_threads_wait_is_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    sleep_between_kernels()
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("passive", SPINS)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    sleep_between_kernels()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    sleep_between_kernels()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    assert "GOMP_SPINCOUNT" not in os.environ

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -72,6 +73,20 @@ def test_one_that_is_killed_again_and_again_fails_the_job(bench: Bench, tmp_path
         "This happens when memory runs out.",
         "param": None,
     }
+
+
+def test_they_give_way_to_those_that_serve(bench: Bench, tmp_path: Path) -> None:
+    code = """
+path = "/proc/self/autogroup"
+session = open(path).read() if os.path.exists(path) else "nice 10"
+run.emit("warning", message=f"{os.nice(0)}, {session.split()[-1]}", hint="")
+time.sleep(600)
+"""
+    bench.start(command=engine(tmp_path, code))
+    job = bench.submit()
+    bench.until(job, lambda _: bench.said(job)[-1] == f"{max(10, os.nice(0))}, 10")
+    bench.jobs.request_cancel(job.id)
+    assert bench.ended(job).status == "cancelled"
 
 
 @pytest.mark.parametrize(
