@@ -109,7 +109,7 @@ SPINS = "10000"
 
 
 def sleep_between_kernels() -> None:
-    """Let threads that wait for each other spin a little, then sleep, unless the user has chosen. Before torch's import.
+    """Let threads that wait for each other spin a little, then sleep, unless the user has chosen. Before torch loads.
 
     A step of serving is hundreds of short kernels. Waking a sleeper costs as much as many of them: the 135M model, one
     stream on two idle cores, gave 31 tokens a second asleep, 45 so. But where another process takes a core, threads

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from luthier.serve.scheduler import Scheduler
 
 Work = tuple[str, Any]  # what to do, with what
+TOGETHER = 0.002  # seconds; asks that come so soon after each other begin in one step
 
 
 class Out:
@@ -214,8 +215,9 @@ def _load(options: argparse.Namespace, out: Out) -> tuple[Scheduler, Shelf, Gram
 def _serve(scheduler: Scheduler, shelf: Shelf, inbox: queue.SimpleQueue[Work], out: Out) -> None:
     """Until stdin ends: take what came in, compute a step, write what it gave."""
     while True:
-        while not (scheduler.busy and inbox.empty()):
-            do, what = inbox.get()
+        begins = not scheduler.busy
+        while work := _come(inbox, scheduler, begins):
+            do, what = work
             if do == "end":
                 return
             _do(do, what, scheduler, shelf, out)
@@ -226,6 +228,17 @@ def _serve(scheduler: Scheduler, shelf: Shelf, inbox: queue.SimpleQueue[Work], o
             print(f"a step failed: {error!r}", file=sys.stderr, flush=True)
             scheduler.fail_all(Broken(f"The model could not go on: {error}"))
         out.flush()
+
+
+def _come(inbox: queue.SimpleQueue[Work], scheduler: Scheduler, begins: bool) -> Work | None:
+    """What to do next; None: compute. Before the first step of many, those are waited for who come at the same time."""
+    if not scheduler.busy:
+        return inbox.get()
+    try:
+        wait = begins and len(scheduler.waiting) < scheduler.most
+        return inbox.get(timeout=TOGETHER) if wait else inbox.get_nowait()
+    except queue.Empty:
+        return None
 
 
 def _do(do: str, what: Any, scheduler: Scheduler, shelf: Shelf, out: Out) -> None:

@@ -25,8 +25,8 @@ from luthier.serve.sampling import Chooser, choose, described
 from luthier.spec.errors import Broken, LuthierError, UserError
 from luthier.spec.serving import Ask, Finish, Part, Token
 
-PROMPT_TOKENS = 512  # of prompts read in a step when nobody decodes
-BESIDE_TOKENS = 128  # and beside others that decode
+PROMPT_TOKENS = 1024  # of prompts read in a step when nobody decodes
+BESIDE_TOKENS = 256  # and beside others that decode: how long they wait at most
 LOGITS_ROWS = 64  # of a prompt's log-probabilities at once: a row is a whole vocabulary
 
 
