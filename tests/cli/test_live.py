@@ -206,6 +206,22 @@ def test_before_the_first_step_phases_are_listed() -> None:
 # -- plain lines -------------------------------------------------------------------------------------------------------
 
 
+FORECAST = {
+    "type": "forecast", "seconds": 75.2, "peak_memory_bytes": 1_250_000_000, "disk_bytes": 80_000_000,
+    "load_seconds": 5.2, "train_seconds": 60.0, "validate_seconds": 8.0, "save_seconds": 2.0,
+}  # fmt: skip
+
+
+def test_the_forecast_is_said_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "Forecast: 1:15 in all, at most 1.25 GB of memory and 80 MB of disk"
+    view = PlainView({"model": "m"}, "runs/x")
+    view.see({"type": "phase", "name": "forecast", "message": "Measuring"})
+    view.see(FORECAST)
+    assert capsys.readouterr().out.splitlines() == ["Measuring.", f"{words}."]
+    assert view.account.phases == [words]
+    assert ("foretold", "1:15, at most 1.25 GB") in summary({**REPORT, "forecast": FORECAST}, "m")
+
+
 def test_plain_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
     with PlainView(REQUEST, "runs/x") as view:
         for event in STORY[:7]:

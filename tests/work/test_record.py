@@ -56,6 +56,25 @@ def checkpoint(run: RunFolder, number: int) -> Path:
     return folder
 
 
+FORECAST = {"load_seconds": 10.0, "seconds": 400.0, "train_seconds": 390.0, "peak_memory_bytes": 1_250_000_000}
+
+
+@pytest.mark.parametrize("kind", ["modern", "legacy"])
+def test_the_forecast_is_told_and_says_when_it_will_be_over(bench: Bench, kind: str) -> None:
+    job, lease, run = running(bench, kind=kind)
+    prepare(run)
+    run.emit("forecast", **FORECAST)
+    for _ in range(2):
+        reader = recorder(bench, job, lease, run)
+        reader.read()
+        reader.write()
+    told = [event for event in bench.events(job) if event.message.startswith("Forecast")]
+    expected = [("Forecast: 6 min from now, at most 1.2 GB of memory", FORECAST)] if kind == "modern" else []
+    assert [(event.message, event.data) for event in told] == expected
+    (when,) = [event["time"] for _, event in run.events() if event["type"] == "forecast"]
+    assert bench.jobs.get(job.id).estimated_finish == round(when + 390)
+
+
 def test_events_are_told_once_however_often_they_are_read(bench: Bench) -> None:
     job, lease, run = running(bench)
     prepare(run)
@@ -237,6 +256,7 @@ def test_a_job_becomes_a_request(bench: Bench) -> None:
         "overlong": "truncate",
         "publish_checkpoints": 3,
         "seed": 7,
+        "template": "auto",
     }
     assert (run.path / "data" / "training.jsonl").read_bytes() == jsonl(pairs(12))
     assert lay_out(bench.database, bench.settings.offered, job).path == run.path  # again: the same

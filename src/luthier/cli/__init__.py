@@ -20,6 +20,7 @@ from luthier.cli import data, files, jobs, keys, models
 from luthier.cli.chat import chat
 from luthier.cli.check import check
 from luthier.cli.convert import convert
+from luthier.cli.estimate import estimate
 from luthier.cli.evaluate import evaluate
 from luthier.cli.fix import fix
 from luthier.cli.mix import mix
@@ -41,6 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(estimate)
 app.command()(chat)
 app.command()(evaluate)
 app.command()(data.tokenize)

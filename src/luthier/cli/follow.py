@@ -44,15 +44,15 @@ class View(Protocol):
 class Outcome:
     """How an attempt ended. `event` is its last event, made up here when the engine died without one."""
 
-    status: str  # succeeded | stopped | failed
+    status: str  # succeeded | estimated | stopped | failed
     exit_code: int
     event: dict[str, Any] = field(default_factory=dict)
     log_tail: list[str] = field(default_factory=list)
 
 
-def engine_command(run: RunFolder, processes: int = 1) -> list[str]:
-    """The command that carries out `run`, in one process or in `processes` of them."""
-    engine = ["luthier.engine", str(run.path)]
+def engine_command(run: RunFolder, processes: int = 1, estimate: bool = False) -> list[str]:
+    """The command that carries out `run`, in one process or in `processes` of them, or only its `estimate`."""
+    engine = ["luthier.engine", *(["--estimate"] if estimate else []), str(run.path)]
     if processes == 1:
         return [sys.executable, "-m", *engine]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

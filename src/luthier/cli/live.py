@@ -60,6 +60,8 @@ class Account:
             self.bar = (int(event["done"]), int(event["total"]))
         elif kind == "prepared":
             self.prepared = event
+        elif kind == "forecast":
+            self.phases[-1:] = [forecast_words(event)]
         elif kind == "step":
             self._step(event)
         elif kind == "validation":
@@ -119,6 +121,12 @@ def plan_words(prepared: dict[str, Any]) -> str:
         words += f" of {plural(int(settings['batch_size']), 'row')}, {plural(int(settings['epochs']), 'epoch')}"
         words += f", learning rate {settings['learning_rate']:.2g}, seed {settings['seed']}"
     return words + "."
+
+
+def forecast_words(forecast: dict[str, Any]) -> str:
+    """The `forecast` event in a sentence."""
+    memory, disk = size(forecast["peak_memory_bytes"]), size(forecast["disk_bytes"])
+    return f"Forecast: {duration(forecast['seconds'])} in all, at most {memory} of memory and {disk} of disk"
 
 
 class LiveView:
@@ -294,6 +302,8 @@ class PlainView:
             return None if again else f"{event['message']}."
         if kind == "prepared":
             return plan_words(event)
+        if kind == "forecast":
+            return f"{forecast_words(event)}."
         if kind == "warning":
             return f"Warning: {event['message']} {event.get('hint') or ''}".rstrip()
         if kind == "step":
@@ -367,5 +377,9 @@ def summary(report: dict[str, Any], model: str) -> list[tuple[str, str]]:
         lines.append(("computed", computed))
     peak = report.get("peak_memory_bytes")
     lines.append(("time", duration(report["seconds"]) + (f", at most {size(peak)} of memory" if peak else "")))
+    if forecast := report.get("forecast"):
+        parts = ("load_seconds", "train_seconds", "validate_seconds", "save_seconds")
+        words = f"{duration(sum(forecast[name] for name in parts))}, at most {size(forecast['peak_memory_bytes'])}"
+        lines.append(("foretold", words))
     lines.append(("model", short(model)))
     return lines

@@ -148,9 +148,12 @@ def _own_options() -> list[inspect.Parameter]:
     ]
 
 
-train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [*(_option(name, field) for name, field in TrainRequest.model_fields.items()), *_own_options()]
-)
+def request_options() -> list[inspect.Parameter]:
+    """The options of a TrainRequest, for any command that takes one."""
+    return [_option(name, field) for name, field in TrainRequest.model_fields.items()]
+
+
+train.__signature__ = inspect.Signature([*request_options(), *_own_options()])  # type: ignore[attr-defined]
 
 
 # -- request to run folder ---------------------------------------------------------------------------------------------
@@ -158,6 +161,16 @@ train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 
 def _new(given: dict[str, Any], out: str | None) -> tuple[RunFolder, dict[str, Any]]:
     """A new run folder for the options given. Everything that can be refused without torch is refused before."""
+    request, values = read_request(given)
+    run = RunFolder(out or _default_out(request.model))
+    run.refuse_taken()  # before a model is pulled for nothing
+    values["model"] = _model_reference(request.model, resolve_model(request.model))
+    return run.create(values), values
+
+
+def read_request(given: dict[str, Any]) -> tuple[TrainRequest, dict[str, Any]]:
+    """What was asked by the options given, and the same as values to write down, files as absolute paths. Raises
+    BadSetting, NotFound."""
     for name in SEPARATED & given.keys():
         given[name] = [part.strip() for part in given[name].split(",") if part.strip()]
     values = apply_recipe(given)
@@ -166,12 +179,7 @@ def _new(given: dict[str, Any], out: str | None) -> tuple[RunFolder, dict[str, A
             raise BadSetting(f"{_flag(name)} is missing.", param=name, hint="See `luthier train --help`.")
     request = make_request(values)
     values = request.model_dump(mode="json", exclude_unset=True)
-    values.update(_whole_paths(request))
-    run = RunFolder(out or _default_out(request.model))
-    run.refuse_taken()  # before a model is pulled for nothing
-    folder = resolve_model(request.model)
-    values["model"] = _model_reference(request.model, folder)
-    return run.create(values), values
+    return request, {**values, **_whole_paths(request)}
 
 
 def _default_out(model: str) -> str:

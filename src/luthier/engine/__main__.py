@@ -1,4 +1,5 @@
-"""`python -m luthier.engine RUN`: a process's only way into the engine. Carries out the run folder it is given.
+"""`python -m luthier.engine [--estimate] RUN`: a process's only way into the engine. Carries out the run folder it is
+given; with --estimate only up to the forecast.
 
 Ends with code 0 when the run succeeded or was stopped as asked, else with the error's own code; the last event says
 which. When not even that can be written, the code is UNTOLD. Does not know: who started it.
@@ -16,18 +17,19 @@ from luthier.spec.run import UNTOLD, RunFolder, is_full, is_out_of_memory
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m luthier.engine RUN", file=sys.stderr)
+    estimate = arguments[:1] == ["--estimate"]
+    if len(arguments) != 1 + estimate:
+        print("usage: python -m luthier.engine [--estimate] RUN", file=sys.stderr)
         return 2
     try:
-        run = RunFolder.open(arguments[0])
+        run = RunFolder.open(arguments[-1])
     except LuthierError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    return carry_out(run)
+    return carry_out(run, estimate)
 
 
-def carry_out(run: RunFolder) -> int:
+def carry_out(run: RunFolder, estimate: bool = False) -> int:
     import torch.distributed as dist
 
     from luthier.engine.train import train
@@ -35,10 +37,10 @@ def carry_out(run: RunFolder) -> int:
     leads = not dist.is_torchelastic_launched() or _first_rank()
     try:
         if not leads:
-            train(run)
+            train(run, estimate)
             return 0
         with run.owned():
-            return _told(run, lambda: train(run))
+            return _told(run, lambda: train(run, estimate))
     except LuthierError as error:  # the lock is held: that run's events are not ours to write
         print(error, file=sys.stderr)
         return error.exit_code

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ class Ready:
     masters: Masters
     initial: Start
     classes: classify.Classes | None
+    save_seconds: float  # what the dry run of the final save took: all of it but the weights
 
     @property
     def rows(self) -> int:
@@ -138,6 +140,7 @@ def make_ready(
     if state:
         parent.start_from(masters.values, model, state)
         masters.publish()
+    begun = time.monotonic()
     if leads:
         notes += publish.dry_run(
             model,
@@ -148,6 +151,7 @@ def make_ready(
             pad_id=renderer.tokenizer.pad_id,
             out=run.model,
         )
+    save_seconds = time.monotonic() - begun
     _prove_path(model, train, precision)
     initial = publish.fingerprint(masters.values)
     for note in notes:
@@ -165,6 +169,7 @@ def make_ready(
         masters,
         initial,
         classes,
+        save_seconds,
     )
 
 

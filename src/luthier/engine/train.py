@@ -15,9 +15,8 @@ import io
 import json
 import math
 import os
-import resource
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,12 @@ import torch
 import torch.distributed as dist
 
 from luthier import __version__
-from luthier.engine import checkpoint, forest, publish
+from luthier.engine import checkpoint, forecast, forest, publish
+from luthier.engine.machine import peak_memory
 from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals
 from luthier.engine.step import Sums, Tally, forward_backward, measure_rows
 from luthier.spec.errors import Broken, UserError
+from luthier.spec.forecast import Forecast
 from luthier.spec.job import TrainRequest, learning_rate_at
 from luthier.spec.report import Report, Score
 from luthier.spec.run import RunFolder, append_line, write_json, write_whole
@@ -46,9 +47,10 @@ class Stopped(Exception):
     """The stop note was found; the run is at a checkpoint, or has not taken its first step."""
 
 
-def train(run: RunFolder) -> None:
-    """Carry out the run in `run`, from its newest checkpoint when there is one. Emits a terminal event on success and
-    when stopped; raises what refuses or ends it (the caller emits `failed`)."""
+def train(run: RunFolder, estimate: bool = False) -> None:
+    """Carry out the run in `run`, from its newest checkpoint when there is one; with `estimate`, a new one only up to
+    its forecast. Emits a terminal event on success and when stopped; raises what refuses or ends it (the caller emits
+    `failed`)."""
     rank, ranks = _join()
     emit = run.emit if rank == 0 else silent
     begun = time.monotonic()
@@ -69,7 +71,12 @@ def train(run: RunFolder) -> None:
     try:
         ready = make_ready(run, request, emit, resumed, leads=rank == 0, heed=heed)
         loop = Loop(run, ready, emit, rank, ranks, begun)
-        loop.announce()
+        counts = loop.announce()
+        if not found:
+            loop.foresee(counts, heed)
+        if estimate:
+            emit("finished", status="estimated", model=None, report=None)
+            return
         if found:
             ready.masters.load(found[0], start)
             loop.restore(start, found[1]["progress"])
@@ -226,15 +233,17 @@ class Loop:
         )
         return score
 
-    def announce(self) -> None:
+    def announce(self) -> dict[str, Any]:
+        """Tell what the data came to; returns the totals."""
         prepared, rows = self.ready.prepared, self.ready.validation
         self.emit("phase", name="plan", message="Planning the forests")
+        counts = totals(self.ready.train, self.settings)
         self.emit(
             "prepared",
             rows=prepared.records,
             train_rows=self.ready.rows,
             validation_rows=len(rows) if rows else 0,
-            **totals(self.ready.train, self.settings),
+            **counts,
             dropped=prepared.dropped,
             truncated=prepared.truncated,
             lost_tokens=prepared.lost_tokens,
@@ -251,6 +260,23 @@ class Loop:
                 f"{self.settings.max_length} tokens; {prepared.lost_supervised} tokens to learn were lost.",
                 hint="Raise --max-length to keep them.",
             )
+        return counts
+
+    def foresee(self, counts: dict[str, Any], heed: Callable[[], None]) -> None:
+        """Tell what the run will take. Raises UserError or NotNow when this machine cannot hold it."""
+        if self.rank:
+            return
+        self.emit("phase", name="forecast", message="Measuring what the run will take")
+        found = forecast.make(self.run, self.ready, counts, self.begun, self.ranks, heed)
+        self.emit("forecast", **found.model_dump(), seconds=round(found.seconds, 2))
+        forecast.refuse_or_warn(
+            found, self.ready, lambda message, hint: self.emit("warning", message=message, hint=hint)
+        )
+
+    def _foreseen(self) -> Forecast | None:
+        """What the first attempt told."""
+        told = [event for _, event in self.run.events() if event["type"] == "forecast"]
+        return Forecast(**{name: told[-1][name] for name in Forecast.model_fields}) if told else None
 
     # -- what is written -----------------------------------------------------------------------------------------
 
@@ -372,6 +398,7 @@ class Loop:
             seconds=round(self._elapsed(), 2),
             peak_memory_bytes=peak_memory(),
             weights_changed=True,
+            forecast=self._foreseen(),
         )
         write_json(self.run.report, report.model_dump())
         self.emit("finished", status="succeeded", model=str(self.run.model), report=report.model_dump())
@@ -424,9 +451,3 @@ def _csv(values: Any) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(["" if value is None else value for value in values])
     return line.getvalue()
-
-
-def peak_memory() -> int:
-    """Most bytes of memory this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

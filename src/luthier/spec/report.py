@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from luthier.spec.forecast import Forecast
+
 
 class Score(BaseModel):
     """One model on one set of held-out rows. Absent measures are null, never 0."""
@@ -47,3 +49,4 @@ class Report(BaseModel):
     seconds: float = Field(default=0.0, description="Wall time of all attempts at the run.")
     peak_memory_bytes: int | None = None
     weights_changed: bool | None = Field(default=None, description="Checked against the start before publishing.")
+    forecast: Forecast | None = Field(default=None, description="What was foretold before the first step.")

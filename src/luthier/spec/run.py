@@ -34,10 +34,11 @@ from luthier.spec.errors import NotFound, NotNow
 # Events, in the order a run emits them; the value says which keys each carries beside `time` and `type`.
 EVENTS: dict[str, str] = {
     "started": "pid, run, version, resumed_from (step or null)",
-    "phase": "name (load | data | plan | train | validate | save), message",
+    "phase": "name (load | data | plan | forecast | train | validate | save), message",
     "progress": "name, done, total: long work that is not a training step",
     "prepared": "rows, train_rows, validation_rows, tokens, supervised_tokens, physical_tokens, tree_ratio, "
     "dropped, truncated, steps, settings (the resolved ones)",
+    "forecast": "what the run will take: the fields of spec/forecast.py, and seconds (their sum)",
     "warning": "message, hint",
     "step": "step, steps, epoch, loss, learning_rate, grad_norm, tokens, supervised_tokens, seconds, "
     "token_accuracy, sequence_accuracy (share of the rows whose answer is right in every token; both of this step's "
@@ -45,7 +46,7 @@ EVENTS: dict[str, str] = {
     "validation": "step, epoch, loss, token_accuracy, sequence_accuracy, supervised_tokens, "
     "classification (name: number or null; null when it was not asked for)",
     "checkpoint": "step, path, best (bool), published (a servable folder, or null)",
-    "finished": "status (succeeded), model, report",
+    "finished": "status (succeeded; or estimated: nothing was asked for but the forecast), model, report",
     "stopped": "status (stopped), step, resume (the command that goes on)",
     "failed": "status (failed), code, message, hint, param, problems",
 }

@@ -77,6 +77,8 @@ class Recorder:
             self._settings = event["settings"]
             self._record(hyperparameters=resolved(self.job, self._settings))
             self.trackers.start({**resolved(self.job, self._settings), "seed": self.job.seed, "steps": event["steps"]})
+        elif kind == "forecast":
+            self._see_forecast(offset, event, new)
         elif kind == "warning" and new:
             self._say(offset, event, event["message"], level="warn")
         elif kind == "validation":
@@ -89,6 +91,15 @@ class Recorder:
                 self._todo.append(("checkpoint", (offset, event, dict(self._last))))
         elif kind in TERMINAL:
             self.terminal = event
+
+    def _see_forecast(self, offset: int, event: dict[str, Any], new: bool) -> None:
+        left = event["seconds"] - event["load_seconds"]
+        self._record(estimated_finish=round(event["time"] + left))
+        if new and self.job.kind == "modern":
+            memory = event["peak_memory_bytes"] / 1e9
+            text = f"Forecast: {max(1, round(left / 60))} min from now, at most {memory:.1f} GB of memory"
+            data = {name: value for name, value in event.items() if name not in ("time", "type")}
+            self._say(offset, event, text, data=data)
 
     def _see_step(self, offset: int, event: dict[str, Any], new: bool) -> None:
         step, steps = event["step"], event["steps"]

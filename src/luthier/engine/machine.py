@@ -1,0 +1,106 @@
+"""What this machine is and has: memory, processor, room on the disk, and what this process has taken of them.
+
+Units are bytes and seconds. Does not know: models, runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+SAMPLE = 8_000_000  # bytes written to time the disk
+
+_peak = 0  # of before the last `forget_peak`
+
+
+def peak_memory() -> int:
+    """Most bytes of memory this process has held."""
+    return max(_peak, _peak_now())
+
+
+def forget_peak() -> bool:
+    """From here on a new peak can be seen, although it be lower than an earlier one (which `peak_memory` remembers).
+    False where the system cannot do it."""
+    global _peak
+    _peak = max(_peak, _peak_now())
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Documentation/filesystems/proc.rst of the Linux kernel
+    except OSError:
+        return False
+    return True
+
+
+def peak_since() -> int:
+    """Most bytes held since `forget_peak`."""
+    return _peak_now()
+
+
+def memory_now() -> int:
+    """Bytes that this process holds; its peak where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return _peak_now()
+
+
+def _peak_now() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_limit() -> int | None:
+    """The most that this process can ever have: the machine's memory, or less where a control group says so."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if "SC_PHYS_PAGES" in os.sysconf_names else []
+    for place in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups 2 and 1
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int((Path("/sys/fs/cgroup") / place).read_text()))
+    return min(found, default=None)
+
+
+def memory_free() -> int | None:
+    """What could be taken now without swapping, beside what this process holds already."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def description() -> list[str]:
+    """What decides how fast one and the same work goes here."""
+    processor = platform.processor()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no gpu"
+    return [platform.machine(), processor, str(os.cpu_count()), str(torch.get_num_threads()), gpu, torch.__version__]
+
+
+def free_disk(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def disk_seconds_per_byte(folder: Path) -> float:
+    """Of writing, hashing and syncing a file in `folder`. Raises OSError."""
+    sample = os.urandom(SAMPLE // 8) * 8
+    path = folder / f".speed.{os.getpid()}.tmp"
+    begun = time.monotonic()
+    try:
+        with open(path, "wb") as file:
+            file.write(sample)
+            file.flush()
+            os.fsync(file.fileno())
+        hashlib.sha256(sample)
+        return (time.monotonic() - begun) / len(sample)
+    finally:
+        path.unlink(missing_ok=True)
