@@ -87,9 +87,15 @@ def make(
     )
 
 
-def refuse_or_warn(forecast: Forecast, ready: Ready, warn: Callable[[str, str], None]) -> None:
-    """Raises UserError when the run can never fit this machine, NotNow when the disk is too full; warns when other
-    processes hold the memory that it needs."""
+def told(run: RunFolder) -> Forecast | None:
+    """What the first attempt foretold."""
+    found = [event for _, event in run.events() if event["type"] == "forecast"]
+    return Forecast(**{name: found[-1][name] for name in Forecast.model_fields}) if found else None
+
+
+def weigh(forecast: Forecast, ready: Ready) -> dict[str, str] | None:
+    """A warning (message, hint) when other processes hold the memory that the run needs. Raises UserError when the run
+    can never fit this machine, NotNow when the disk is too full."""
     need, have = forecast.peak_memory_bytes, forecast.memory_bytes
     if have is not None and need > have:
         raise UserError(
@@ -106,10 +112,11 @@ def refuse_or_warn(forecast: Forecast, ready: Ready, warn: Callable[[str, str], 
     free = machine.memory_free()
     more = need - machine.memory_now()
     if free is not None and more > free:
-        warn(
-            f"The run will need {_gb(more)} more memory, and {_gb(free)} are free: it may become slow or be killed.",
-            _smaller(forecast, ready),
+        message = (
+            f"The run will need {_gb(more)} more memory, and {_gb(free)} are free: it may become slow or be killed."
         )
+        return {"message": message, "hint": _smaller(forecast, ready)}
+    return None
 
 
 def _smaller(forecast: Forecast, ready: Ready) -> str:

@@ -269,14 +269,8 @@ class Loop:
         self.emit("phase", name="forecast", message="Measuring what the run will take")
         found = forecast.make(self.run, self.ready, counts, self.begun, self.ranks, heed)
         self.emit("forecast", **found.model_dump(), seconds=round(found.seconds, 2))
-        forecast.refuse_or_warn(
-            found, self.ready, lambda message, hint: self.emit("warning", message=message, hint=hint)
-        )
-
-    def _foreseen(self) -> Forecast | None:
-        """What the first attempt told."""
-        told = [event for _, event in self.run.events() if event["type"] == "forecast"]
-        return Forecast(**{name: told[-1][name] for name in Forecast.model_fields}) if told else None
+        if warning := forecast.weigh(found, self.ready):
+            self.emit("warning", **warning)
 
     # -- what is written -----------------------------------------------------------------------------------------
 
@@ -398,7 +392,7 @@ class Loop:
             seconds=round(self._elapsed(), 2),
             peak_memory_bytes=peak_memory(),
             weights_changed=True,
-            forecast=self._foreseen(),
+            forecast=forecast.told(self.run),
         )
         write_json(self.run.report, report.model_dump())
         self.emit("finished", status="succeeded", model=str(self.run.model), report=report.model_dump())
