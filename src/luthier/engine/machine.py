@@ -92,8 +92,8 @@ def free_disk(folder: Path) -> int:
 
 
 def disk_seconds_per_byte(folder: Path) -> float:
-    """Of writing, hashing and syncing a file in `folder`; a usual figure where that cannot be tried (no room, a limit on
-    file sizes), as the run may still need less."""
+    """Of writing, hashing and syncing a file in `folder`; a usual figure where that cannot be tried (no room, a limit
+    on file sizes), as the run may still need less."""
     sample = os.urandom(SAMPLE // 8) * 8
     path = folder / f".speed.{os.getpid()}.tmp"
     begun = time.monotonic()

@@ -29,7 +29,6 @@ from luthier.engine.machine import peak_memory
 from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals
 from luthier.engine.step import Sums, Tally, forward_backward, measure_rows
 from luthier.spec.errors import Broken, UserError
-from luthier.spec.forecast import Forecast
 from luthier.spec.job import TrainRequest, learning_rate_at
 from luthier.spec.report import Report, Score
 from luthier.spec.run import RunFolder, append_line, write_json, write_whole
