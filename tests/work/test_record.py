@@ -256,7 +256,6 @@ def test_a_job_becomes_a_request(bench: Bench) -> None:
         "overlong": "truncate",
         "publish_checkpoints": 3,
         "seed": 7,
-        "template": "auto",
     }
     assert (run.path / "data" / "training.jsonl").read_bytes() == jsonl(pairs(12))
     assert lay_out(bench.database, bench.settings.offered, job).path == run.path  # again: the same
