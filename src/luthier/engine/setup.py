@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from luthier.data.dataset import Prepared, Rows, mentions_tools, prepare, says_tools, split
 from luthier.data.render import Renderer
-from luthier.engine import attention, catalogue, classify, forest, models, parent, publish, step
+from luthier.engine import attention, catalogue, classify, forest, layers, models, parent, publish, step
 from luthier.engine.adapters import Start
 from luthier.engine.optimizer import Masters
 from luthier.spec.errors import BadData, BadSetting, Broken, UserError
@@ -133,6 +133,8 @@ def make_ready(
         model, state = forebear.attach(base, request)
     else:
         model = models.attach(base, request, settings)
+    if (reason := layers.fuse(step.inner(model))) is not None:
+        emit("phase", name="load", message=f"Layers go through transformers and PEFT, which is slower: {reason}")
     trainable = models.trainable(model)
     if not trainable:
         raise BadSetting("Nothing would be trained: no weight of this model is chosen.", param="method")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.engine import attention, forest, loss
+from luthier.engine import attention, forest, layers, loss
 from luthier.engine.forest import Forest, Row
 
 Watch = Callable[[Forest, Tensor], None]
@@ -77,16 +77,17 @@ def inner(model: Any) -> Any:
 def hidden_states(model: Any, tree: Forest) -> Tensor:
     """Last hidden states at the forest's target sources, [N, H]."""
     device = next(model.parameters()).device
+    base = inner(model)
     plan = attention.Plan(tree, device)
+    ids, sources = (torch.from_numpy(array).to(device) for array in (tree.token_ids, tree.sources))
+    fused = layers.of(base)
     with attention.active(plan):
-        output = inner(model).get_decoder()(
-            input_ids=torch.from_numpy(tree.token_ids).to(device)[None],
-            position_ids=plan.positions[None],
-            use_cache=False,
-        )
-    attention.require_used(plan, inner(model))
+        if fused is not None:
+            return fused(ids, plan.positions, sources, attention.forest_attention)
+        output = base.get_decoder()(input_ids=ids[None], position_ids=plan.positions[None], use_cache=False)
+    attention.require_used(plan, base)
     states: Tensor = output.last_hidden_state[0]
-    return states.index_select(0, torch.from_numpy(tree.sources).to(device))
+    return states.index_select(0, sources)
 
 
 def forward_backward(

@@ -1,0 +1,116 @@
+"""What a decoder layer does between its matrix products, forward and backward: norms, rotation, gated activations.
+
+Pure functions of tensors, computed in float32 and rounded once, in slices of rows small enough to stay in a core's
+cache: these passes are bound by memory, not by arithmetic. Rows are tokens; the last dimension is normalised or
+rotated. Does not know: weights that learn, attention, forests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements of a slice: 128 rows of 2,048 in float32 are 1 MiB, one core's second-level cache on most machines.
+SLICE = 128 * 2048
+
+_silu_backward = torch.ops.aten.silu_backward.grad_input
+_gelu_backward = torch.ops.aten.gelu_backward.grad_input
+_silu, _gelu = torch.ops.aten.silu.out, torch.ops.aten.gelu.out
+
+
+def slices(rows: Tensor) -> Iterator[slice]:
+    """Rows a cache's worth at a time; an accelerator takes all at once."""
+    size = max(1, SLICE * len(rows) // max(1, rows.numel())) if rows.device.type == "cpu" else max(1, len(rows))
+    for start in range(0, len(rows), size):
+        yield slice(start, min(start + size, len(rows)))
+
+
+def norm(rows: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
+    """RMSNorm (Zhang & Sennrich, 2019) of `rows` [T, ..., H] into `out`, times `weight` [H] float32.
+
+    Returns the inverse root mean squares [T, ..., 1] float32, which `norm_backward` needs. `out` may be `rows`.
+    """
+    inverse = torch.empty((*rows.shape[:-1], 1), dtype=torch.float32, device=rows.device)
+    for part in slices(rows):
+        values = rows[part].float()
+        torch.mean(values * values, dim=-1, keepdim=True, out=inverse[part])
+        inverse[part].add_(epsilon).rsqrt_()
+        out[part] = (values * inverse[part]).mul_(weight)
+    return inverse
+
+
+def norm_again(rows: Tensor, weight: Tensor, inverse: Tensor, out: Tensor) -> None:
+    """`norm` once more, its inverse root mean squares being known."""
+    for part in slices(rows):
+        out[part] = (rows[part] * inverse[part]).mul_(weight)
+
+
+def norm_backward(
+    grad: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    out: Tensor,
+    plus: Tensor | None = None,
+    weight_grad: Tensor | None = None,
+) -> None:
+    """The gradient of `norm`'s rows, `plus` another (the residual's), into `out`, which may be any of the inputs.
+
+    `weight_grad` [H] float32, if given, is added to.
+    """
+    for part in slices(rows):
+        normal = rows[part] * inverse[part]
+        inner = grad[part] * weight
+        if weight_grad is not None:
+            weight_grad += (grad[part] * normal).flatten(0, -2).sum(0)
+        share = (inner * normal).mean(dim=-1, keepdim=True)
+        inner.addcmul_(normal, share, value=-1).mul_(inverse[part])
+        out[part] = inner if plus is None else inner.add_(plus[part])
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Rotary embedding (Su et al., 2021) of `heads` [T, N, D] into `out`; cos, sin [T, 1, D/2]. `-sin` turns back."""
+    half = heads.shape[-1] // 2
+    first, second = heads[..., :half], heads[..., half:]
+    left, right = out[..., :half], out[..., half:]
+    torch.mul(first, cos, out=left)
+    torch.mul(second, cos, out=right)
+    left.addcmul_(second, sin, value=-1)
+    right.addcmul_(first, sin)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """act(gate) * up, and its gradient."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    options: dict[str, Any]
+
+    def apply(self, gate: Tensor, up: Tensor, out: Tensor) -> None:
+        for part in slices(gate):
+            self.forward(gate[part], **self.options, out=out[part])
+            out[part].mul_(up[part])
+
+    def back(self, grad: Tensor, gate: Tensor, up: Tensor, gated: Tensor | None) -> None:
+        """Puts the gradients of gate and up in their places; `grad` is used up. `gated`, if wanted, is act(gate) * up
+        again."""
+        for part in slices(gate):
+            acted = self.forward(gate[part], **self.options, out=torch.empty_like(gate[part]))
+            if gated is not None:
+                torch.mul(acted, up[part], out=gated[part])
+            acted.mul_(grad[part])
+            into_gate = grad[part].mul_(up[part])
+            up[part] = acted
+            self.backward(into_gate, gate[part], **self.options, grad_input=gate[part])
+
+
+GATES: dict[str, Gate] = {
+    "silu": Gate(_silu, _silu_backward, {}),
+    "gelu": Gate(_gelu, _gelu_backward, {"approximate": "none"}),
+    "gelu_pytorch_tanh": Gate(_gelu, _gelu_backward, {"approximate": "tanh"}),
+}
