@@ -37,6 +37,8 @@ def fuse(base: Any) -> str | None:
     decoder = base.get_decoder()
     if type(decoder).__name__ not in KNOWN or not type(decoder).__module__.startswith("transformers.models."):
         return f"{type(decoder).__name__} is not one of {', '.join(KNOWN)}"
+    if (device := next(base.parameters()).device.type) != "cpu":
+        return f"the weights are on {device}, and the fused layers are for CPUs"
     try:
         _fused[base] = Decoder(decoder)
     except ValueError as error:

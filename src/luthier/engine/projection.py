@@ -16,18 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 
 @dataclass(frozen=True)
 class Part:
     """One linear layer and its adapter, by their places in the matrix."""
 
-    weight: Parameter
-    bias: Parameter | None
+    weight: Tensor
+    bias: Tensor | None
     rows: slice
-    a: Parameter | None
-    b: Parameter | None
+    a: Tensor | None
+    b: Tensor | None
     columns: slice
 
 
@@ -143,12 +142,12 @@ class Backward:
 
 
 @torch.no_grad()
-def _move(parameter: Parameter, place: Tensor) -> None:
+def _move(parameter: Tensor, place: Tensor) -> None:
     place.copy_(parameter)
     parameter.data = place
 
 
-def taken_apart(module: Any) -> tuple[nn.Linear, Parameter | None, Parameter | None, float]:
+def taken_apart(module: Any) -> tuple[nn.Linear, Tensor | None, Tensor | None, float]:
     """(linear layer, A, B, scaling) of a plain or PEFT linear layer. Raises ValueError for any other."""
     from peft.tuners.lora import Linear as Adapted
 
@@ -164,7 +163,8 @@ def taken_apart(module: Any) -> tuple[nn.Linear, Parameter | None, Parameter | N
         raise ValueError("the adapter is DoRA" if module.use_dora.get(name) else "the adapter is a variant of LoRA")
     if not isinstance(module.lora_dropout[name], nn.Identity):
         raise ValueError("the adapter has dropout")
-    a, b = module.lora_A[name], module.lora_B[name]
+    a: Any = module.lora_A[name]
+    b: Any = module.lora_B[name]
     if a.bias is not None or b.bias is not None:
         raise ValueError("the adapter has biases")
     if a.weight.dtype != module.base_layer.weight.dtype or b.weight.dtype != module.base_layer.weight.dtype:
