@@ -55,9 +55,11 @@ def twin(
 
 
 def apart(left: list[Tensor], right: list[Tensor]) -> float:
-    """The largest relative difference (norm) among the tensors."""
+    """The largest relative difference (norm) among the tensors. A gradient that cancels out (a token that sees itself
+    alone has none for its query) is rounding of numbers about 1, so it is measured against elements of a tenth."""
     return max(
-        float((one.double() - two).norm() / two.norm().clamp(min=1.0)) for one, two in zip(left, right, strict=True)
+        float((one.double() - two).norm() / two.norm().clamp(min=0.1 * two.numel() ** 0.5))
+        for one, two in zip(left, right, strict=True)
     )
 
 
