@@ -53,7 +53,7 @@ def of_case(place: Place, series: str, case: Case) -> Found | None:
         "torch": ceilings[0]["torch"] if ceilings else None,
         "threads": ceilings[0]["threads"] if ceilings else None,
         "systems": [line for line in lines if line],
-        "target": _target(folder),
+        "target": [],
         "ladder": _ladder(folder),
     }
 

@@ -50,19 +50,20 @@ def interval(values: Sequence[float], share: float = 0.95) -> tuple[float, float
     return medians[cut], medians[-1 - cut]
 
 
-def step_time(seconds: Sequence[float], unfinished: tuple[int, float] | None, rows_per_step: int) -> tuple[float, str]:
+def step_time(seconds: Sequence[float], unfinished: Sequence[float] | None) -> tuple[float, str]:
     """Seconds of one optimizer step of a run, and in words where they come from.
 
     The median of the steps after the first, which warms up; the first if there is no other; and if not even that was
-    finished when the run's seconds were spent, its finished micro-batches, scaled to all rows of a step.
+    finished when the run's seconds were spent, its finished micro-batches, scaled to all tokens of a step: `unfinished`
+    holds (tokens computed, tokens of the step, seconds).
     """
     if len(seconds) > 1:
         return statistics.median(seconds[1:]), f"median of {len(seconds) - 1} steps after the first"
     if seconds:
         return seconds[0], "its first step"
     if unfinished:
-        rows, spent = unfinished
-        return spent * rows_per_step / rows, f"{rows} of a step's {rows_per_step} rows, scaled"
+        tokens, whole, spent = unfinished
+        return spent * whole / tokens, f"{tokens:,.0f} of a step's {whole:,.0f} tokens, scaled"
     raise ValueError("the run finished not even a micro-batch")
 
 

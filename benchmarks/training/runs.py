@@ -42,8 +42,7 @@ class Place:
 
     def workload(self, case: Case) -> Path:
         """The rows' file. Raises SystemExit when they are not the frozen ones."""
-        wanted = workloads.HASHES[case.shape, case.model]
-        path = self.folder / "workloads" / f"{case.name}-{wanted[:12]}.safetensors"
+        path = self.folder / "workloads" / f"{rows_name(case)}.safetensors"
         if not path.is_file():
             workloads.save(workloads.make(case, self.model(case) / "tokenizer.json"), path)
         return path
@@ -84,6 +83,17 @@ def version(system: System) -> str:
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     pins = [line.partition("#")[0].strip() for line in lines if line.startswith(REFERENCE_USES)]
     return hashlib.sha256("\n".join(pins).encode()).hexdigest()[:10]
+
+
+def label(system: System) -> str:
+    """A system by name and by all of its code that a result depends on."""
+    shared = ["job", "start", "judge", "flat", *(["callback"] if system.environment else [])]
+    driver = code(*(f"drivers/{name}.py" for name in dict.fromkeys([system.driver, *shared])))
+    return f"{system.name}-{version(system)}-{driver}"
+
+
+def rows_name(case: Case) -> str:
+    return f"{case.name}-{workloads.HASHES[case.shape, case.model][:12]}"
 
 
 @dataclass(frozen=True)

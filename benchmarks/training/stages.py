@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training import gate, ratios, runs
+from benchmarks.training import gate, ratios, runs, sweep
 from benchmarks.training.runs import Ask, Place
 from benchmarks.training.systems import REFERENCE, SYSTEMS, System
-from benchmarks.training.workloads import HASHES, Case
+from benchmarks.training.workloads import Case
 
 CEILING = System("ceiling", "matrix ceiling", "ceiling", "", "", "")
 RUNG_ROUNDS = 2
@@ -30,10 +30,8 @@ def say(*words: object) -> None:
 
 def gate_folder(place: Place, case: Case, system: System) -> Path:
     """Named by all that a verdict depends on."""
-    shared = ["job", "start", "judge", "flat", *(["callback"] if system.environment else [])]
-    driver = runs.code(*(f"drivers/{name}.py" for name in dict.fromkeys([system.driver, *shared])))
-    rows = HASHES[case.shape, case.model][:12]
-    return place.folder / "gate" / f"{case.name}-{rows}" / f"{system.name}-{runs.version(system)}-{driver}"
+    rows = f"{runs.rows_name(case)}-{case.gate_rows}x{case.gate_steps}"
+    return place.folder / "gate" / rows / runs.label(system)
 
 
 def prove(place: Place, case: Case, system: System) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def prove(place: Place, case: Case, system: System) -> dict[str, Any]:
 
 def _proof(place: Place, case: Case, system: System) -> tuple[dict[str, Any], dict[str, float]] | str:
     """(result, held-out losses) of the gate's run of a system; or why there is none."""
-    out, micro = gate_folder(place, case, system), max(1, case.gate_rows // 2)  # two micro-batches in a step
+    out, micro = gate_folder(place, case, system), max(1, case.gate_rows // 4)  # several micro-batches in a step
     ask = Ask(case.gate_rows, case.gate_steps, 1 if system is REFERENCE else micro, 3600, True, case.gate_steps)
     result = runs.do(place, case, system, out, ask)
     if result is None:
@@ -82,6 +80,25 @@ def _verdict(place: Place, case: Case, system: System, out: Path) -> dict[str, A
     return {"passed": verdict.passed, **asdict(verdict)}
 
 
+# -- micro-batches -----------------------------------------------------------------------------------------------------
+
+
+def tune(place: Place, case: Case, system: System) -> None:
+    """Find the micro-batch of a system that the gate let through, if it has one to choose."""
+    if not system.swept or not passed(place, case, system):
+        return
+    tried = sweep.carry_out(place, case, system)
+    shown = ", ".join(
+        f"{micro}: {taken:.2f}" if taken else f"{micro}: failed" for micro, taken in tried.seconds.items()
+    )
+    say(f"{case.name} {system.name} micro-batch, seconds a row: {shown}; best {tried.best}")
+
+
+def passed(place: Place, case: Case, system: System) -> bool:
+    verdict = runs.load(gate_folder(place, case, system) / "verdict.json")
+    return bool(verdict and verdict["passed"])
+
+
 # -- times -------------------------------------------------------------------------------------------------------------
 
 
@@ -91,18 +108,28 @@ def series_folder(place: Place, series: str, case: Case) -> Path:
 
 def take_turns(place: Place, case: Case, systems: Sequence[System], series: str, rounds: int, seconds: float) -> None:
     """Rounds of one process for each system that the gate let through, in turning order, and the ceiling in each."""
-    verdicts = {system: runs.load(gate_folder(place, case, system) / "verdict.json") for system in systems}
-    for system in systems:
-        if verdicts[system] is None:
-            say(f"{case.name} {system.name}: no time, for it has not been at the gate")
-    able = [system for system in systems if (verdict := verdicts[system]) and verdict["passed"]]
+    able = _able(place, case, systems)
     for number in range(rounds):
         for name in ratios.order([CEILING.name, *(system.name for system in able)], number):
             system = CEILING if name == CEILING.name else SYSTEMS[name]
             out = series_folder(place, series, case) / f"round-{number + 1}" / name
-            ask = Ask(case.rows_per_step, case.steps, system.micro.get(case.shape, 0), seconds)
+            ask = Ask(case.rows_per_step, case.steps, able.get(system, 0), seconds)
             result = runs.do(place, case, system, out, ask)
             say(f"{case.name} round {number + 1} {name}: {_in_words(result, out)}")
+
+
+def _able(place: Place, case: Case, systems: Sequence[System]) -> dict[System, int]:
+    """The systems that passed the gate, with their micro-batch; says of the others why they have no time."""
+    able = {}
+    for system in systems:
+        micro = sweep.micro(place, case, system)
+        if not passed(place, case, system):
+            say(f"{case.name} {system.name}: no time, for it has not passed the gate")
+        elif micro is None:
+            say(f"{case.name} {system.name}: no time, for its micro-batch has not been swept")
+        else:
+            able[system] = micro
+    return able
 
 
 def _in_words(result: dict[str, Any] | None, out: Path) -> str:
@@ -110,21 +137,28 @@ def _in_words(result: dict[str, Any] | None, out: Path) -> str:
         return f"failed: {runs.last_words(out)}"
     if "bfloat16" in result:
         return f"{result['bfloat16']:.0f} GFLOP/s bfloat16, {result['float32']:.0f} float32"
-    time, how = ratios.step_time(result["step_seconds"], result["unfinished"], result["rows_per_step"])
+    if not (result["step_seconds"] or result["unfinished"]):
+        return "finished not even a micro-batch"
+    time, how = ratios.step_time(result["step_seconds"], result["unfinished"])
     return f"{time:.2f} s a step ({how}), {result['peak_bytes'] / 1e9:.1f} GB"
 
 
 # -- time to a target --------------------------------------------------------------------------------------------------
 
 
-def to_target(place: Place, case: Case, systems: Sequence[System], series: str, steps: int) -> None:
-    """One long run for each system, held-out loss after every other step; the clock stands still while it is kept."""
-    for system in systems:
-        out = series_folder(place, series, case) / "target" / system.name
-        ask = Ask(case.rows_per_step, steps, system.micro.get(case.shape, 0), 36_000, keep_every=2)
-        result = runs.do(place, case, system, out, ask)
+def to_target(place: Place, case: Case, systems: Sequence[System], steps: int) -> None:
+    """One longer run for each system, held-out loss after every other step. Its losses count and not its times, so the
+    machine need not be idle: what a step takes is known from the rounds.
+    """
+    for system, micro in _able(place, case, systems).items():
+        out = target_folder(place, case, system, steps)
+        result = runs.do(place, case, system, out, Ask(case.rows_per_step, steps, micro, 36_000, keep_every=2))
         losses = runs.judged(place, out) if result else None
         say(f"{case.name} target {system.name}: {losses if losses else 'failed: ' + runs.last_words(out)}")
+
+
+def target_folder(place: Place, case: Case, system: System, steps: int) -> Path:
+    return place.folder / "target" / runs.rows_name(case) / runs.label(system) / f"{steps}-steps"
 
 
 # -- the ladder --------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """Who takes part: each trainer with each setting, its environment, and what "tuned" came to.
 
-`micro` is rows in a micro-batch per case shape, assumed for a machine of two cores, not found by trying yet;
-0 leaves the trainer's own default. Does not know: how a run is started.
+A trainer that is tuned takes the micro-batch that a sweep found best for it (sweep.py); the others keep their own.
+Does not know: how a run is started.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.training.workloads import GEMMA, Case
@@ -24,7 +24,7 @@ class System:
     setting: str
     environment: str
     tuning: str
-    micro: dict[str, int] = field(default_factory=dict)
+    swept: bool = False  # its micro-batch is chosen by trying
     gemma: bool = True  # can train Gemma here
     full: bool = True  # can train every weight here
 
@@ -35,8 +35,6 @@ class System:
     def fits(self, case: Case) -> bool:
         return (self.full or not case.full) and (self.gemma or case.model != GEMMA)
 
-
-MICRO = {"shared": 4, "turns": 4, "short": 8, "text": 1}
 
 SYSTEMS: dict[str, System] = {
     system.name: system
@@ -50,7 +48,7 @@ SYSTEMS: dict[str, System] = {
             "huggingface",
             "bfloat16 weights and adapters with float32 masters, maskless SDPA, head at learnt positions in one pass, "
             "no checkpointing, rows of a step sorted by length",
-            MICRO,
+            True,
         ),
         System(
             "trl-tuned",
@@ -58,9 +56,9 @@ SYSTEMS: dict[str, System] = {
             "trl_sft",
             "tuned",
             "huggingface",
-            "bfloat16 weights and adapters, no checkpointing, SDPA, rows of a step sorted by length; packing is off: "
-            "TRL knows it to be sound with FlashAttention alone",
-            MICRO,
+            "bfloat16 weights and adapters (all weights: float32 under autocast), no checkpointing, SDPA, rows of a step "
+            "sorted by length; packing is off: TRL knows it to be sound with FlashAttention alone",
+            True,
         ),
         System("trl", "TRL 1.16", "trl_sft", "default", "huggingface", "nothing: `SFTConfig()`"),
         System(
@@ -69,8 +67,8 @@ SYSTEMS: dict[str, System] = {
             "trainer",
             "tuned",
             "huggingface",
-            "bfloat16 weights and adapters, SDPA, rows of a step sorted by length",
-            MICRO,
+            "bfloat16 weights and adapters (all weights: float32 under autocast), SDPA, rows of a step sorted by length",
+            True,
         ),
         System(
             "trainer", "Trainer + PEFT", "trainer", "default", "huggingface", "nothing: `TrainingArguments(bf16=True)`"
@@ -82,7 +80,7 @@ SYSTEMS: dict[str, System] = {
             "tuned",
             "llamafactory",
             "no checkpointing, SDPA, rows of a step sorted by length; its `pure_bf16` is refused without a GPU",
-            MICRO,
+            True,
         ),
         System(
             "llamafactory",
@@ -99,10 +97,10 @@ SYSTEMS: dict[str, System] = {
             "tuned",
             "torchtune",
             "bfloat16 throughout (its default), no checkpointing, rows of a step sorted by length",
-            MICRO,
+            True,
             gemma=False,
             full=False,
         ),
     )
 }
-REFERENCE = System("reference", "float32 reference, a row at a time", "flat", "reference", "", "", {})
+REFERENCE = System("reference", "float32 reference, a row at a time", "flat", "reference", "", "")

@@ -36,7 +36,7 @@ class Case:
     rows_per_step: int = 16
     steps: int = 4
     held_out: int = 4
-    gate_rows: int = 2
+    gate_rows: int = 8
     gate_steps: int = 2
     rate: float = 5e-4
 
@@ -62,7 +62,7 @@ CASES: dict[str, Case] = {
     case.name: case
     for case in (
         Case("S1", "chat, one system prompt of 1,000 tokens, then 80 + 120", "shared"),
-        Case("S2", "chats of three turns that share nothing", "turns", rows_per_step=8, steps=6),
+        Case("S2", "chats of three turns that share nothing", "turns", rows_per_step=8, steps=6, gate_rows=4),
         Case(
             "S3",
             "short chats, 24 to 200 tokens",
@@ -70,10 +70,9 @@ CASES: dict[str, Case] = {
             rows_per_step=32,
             steps=30,
             held_out=32,
-            gate_rows=8,
             gate_steps=3,
         ),
-        Case("C1", "plain text, 2,048 tokens a row, all learnt", "text", rows_per_step=4, held_out=2),
+        Case("C1", "plain text, 2,048 tokens a row, all learnt", "text", rows_per_step=4, held_out=2, gate_rows=2),
         Case(
             "F3",
             "short chats, every weight learns",
@@ -82,7 +81,6 @@ CASES: dict[str, Case] = {
             rows_per_step=32,
             steps=30,
             held_out=32,
-            gate_rows=8,
             gate_steps=3,
             rate=2e-5,
         ),

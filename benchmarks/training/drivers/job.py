@@ -102,6 +102,18 @@ class Record:
         before = self.parts[-1][0] if self.parts else 0
         self.parts.append((before + rows, time.time() - self.last))
 
+    def unfinished(self) -> tuple[int, int, float] | None:
+        """(tokens computed, tokens of the whole step, seconds) of the step that was broken off.
+
+        The first micro-batch warms up, so it is left out if there is another.
+        """
+        if not self.parts:
+            return None
+        start = len(self.steps) * self.job.rows_per_step
+        lengths = [len(ids) for ids, _ in rows(self.job)[start : start + self.job.rows_per_step]]
+        (first, begun), (last, ended) = self.parts[0] if len(self.parts) > 1 else (0, 0.0), self.parts[-1]
+        return sum(lengths[first:last]), sum(lengths), ended - begun
+
     def step_done(self) -> None:
         now = time.time()
         self.steps.append(now - self.last)
@@ -146,7 +158,7 @@ class Record:
             "step_seconds": self.steps,
             "losses": self.losses,
             "norms": self.norms,
-            "unfinished": self.parts[-1] if self.parts else None,
+            "unfinished": self.unfinished(),
             "rows_per_step": self.job.rows_per_step,
             "peak_bytes": self.peak_bytes,
             "seconds_to_first_step": self.began - born(),
@@ -169,6 +181,13 @@ def born() -> float:
 
 
 def peak() -> int:
-    """Most bytes of memory that this process has held."""
+    """Most bytes of memory that this process has held.
+
+    The kernel's count of a process may start with that of the one that started it; the one of its memory does not.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

@@ -1,7 +1,7 @@
 """LLaMA-Factory's own `run_exp` with rows that were tokenised beforehand.
 
-Default: its LoRA example (bfloat16 weights under float32 adapters, checkpointing on). Tuned: no checkpointing, a
-smaller batch; its `pure_bf16` is refused without a GPU. It starts from the common adapter as from one of its own.
+Default: its LoRA example (bfloat16 weights under float32 adapters, checkpointing on). Tuned: no checkpointing, the
+batch of a sweep; its `pure_bf16` is refused without a GPU. It starts from the common adapter as from one of its own.
 """
 
 from __future__ import annotations

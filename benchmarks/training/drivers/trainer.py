@@ -1,4 +1,7 @@
-"""transformers' Trainer with PEFT. Default: as its documentation shows it. Tuned: bfloat16, a smaller batch."""
+"""transformers' Trainer with PEFT. Default: as its documentation shows it. Tuned: bfloat16, the batch of a sweep.
+
+Where every weight learns, tuned keeps float32 weights under autocast: small updates of bfloat16 ones round to nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ def load(job: jobs.Job) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    own: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"} if job.tuned else {}
+    dtype = torch.float32 if job.full else torch.bfloat16
+    own: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"} if job.tuned else {}
     model: Any = AutoModelForCausalLM.from_pretrained(job.model, **own)
     if job.full:
         return model
@@ -34,7 +38,7 @@ def main() -> None:
     told = callback.arguments(job)
     trainer = Trainer(
         model=load(job),
-        args=TrainingArguments(**told, train_sampling_strategy="sequential", bf16=not job.tuned),
+        args=TrainingArguments(**told, train_sampling_strategy="sequential", bf16=job.full or not job.tuned),
         train_dataset=data,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         callbacks=[callback.Clock(job, record)],
