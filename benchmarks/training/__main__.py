@@ -2,8 +2,10 @@
 
     python -m benchmarks.training [--case "S1 S3"] [--peers "flat trl-tuned"] [--rounds 5]
 
-First the gate for everybody, then each one's micro-batch, times in turn, docs/benchmarks.md and its plot. Every run is a process of its
-own whose result is a file, so what was cut off goes on where it was. Does not know: how any of that is done.
+First the gate for everybody, then each one's micro-batch, times in turn, and docs/benchmarks.md with its plot. Every
+run is a process of its own whose result is a file, so what was cut off goes on where it was. Without --stage the long
+stages, target and ladder, are walked on a few cases only (LONG); with it, on every case asked for.
+Does not know: how any of that is done.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from benchmarks.training import ladder, report, runs, stages
 from benchmarks.training.systems import SYSTEMS
 from benchmarks.training.workloads import CASES
 
-STAGES = ("gate", "sweep", "time", "target", "ladder", "report")
+STAGES = ("gate", "sweep", "time", "target", "ladder", "profile", "report")
+LONG = {"target": ("S3",), "ladder": ("S1", "S3", "C1")}
 
 
 def words(text: str) -> list[str]:
@@ -27,12 +30,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--case", type=words, default=list(CASES), help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--peers", type=words, default=list(SYSTEMS), help=f"of {', '.join(SYSTEMS)}; default: all")
-    parser.add_argument("--stage", type=words, default=list(STAGES), help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--stage", type=words, default=None, help=f"of {', '.join(STAGES)}; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=60, help="of a timed run; it finishes the step it is in")
     parser.add_argument("--steps", type=int, default=12, help="of the stage target")
-    parser.add_argument("--target-case", type=words, default=["S3"], help="cases of the stage target")
-    parser.add_argument("--ladder-case", type=words, default=["S1", "S3"], help="cases of the stage ladder")
     parser.add_argument("--without", type=words, default=list(ladder.RUNGS), help="rungs of the stage ladder")
     parser.add_argument("--series", default="", help="name of the times taken; default: after the engine's sources")
     parser.add_argument("--folder", type=Path, default=runs.ROOT / ".bench", help="where runs are kept")
@@ -41,9 +42,7 @@ def parse() -> argparse.Namespace:
     for name, given, known in (
         ("--case", options.case, CASES),
         ("--peers", options.peers, SYSTEMS),
-        ("--stage", options.stage, STAGES),
-        ("--target-case", options.target_case, CASES),
-        ("--ladder-case", options.ladder_case, CASES),
+        ("--stage", options.stage or [], STAGES),
         ("--without", options.without, ladder.RUNGS),
     ):
         strange = sorted(set(given) - set(known))
@@ -61,19 +60,22 @@ def main() -> None:
     for name in options.case:
         case = CASES[name]
         systems = [system for system in map(SYSTEMS.__getitem__, peers) if system.fits(case)]
-        if "gate" in options.stage:
+        walked = options.stage or [stage for stage in STAGES if name in LONG.get(stage, CASES)]
+        if "gate" in walked:
             for system in systems:
                 stages.prove(place, case, system)
-        if "sweep" in options.stage:
+        if "sweep" in walked:
             for system in systems:
                 stages.tune(place, case, system)
-        if "time" in options.stage:
+        if "time" in walked:
             stages.take_turns(place, case, systems, series, options.rounds, options.seconds)
-        if "target" in options.stage and name in options.target_case:
+        if "target" in walked:
             stages.to_target(place, case, systems, options.steps)
-        if "ladder" in options.stage and name in options.ladder_case:
+        if "ladder" in walked:
             stages.climb(place, case, series, options.without, options.seconds)
-    if "report" in options.stage:
+        if "profile" in walked:
+            stages.dissect(place, case, series)
+    if not options.stage or "report" in options.stage:
         report.write(place, series, runs.ROOT / "docs")
 
 

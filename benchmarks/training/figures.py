@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training import flops, ratios, runs, stages, workloads
+from benchmarks.training import flops, ratios, runs, stages, sweep, workloads
 from benchmarks.training.runs import Place
 from benchmarks.training.systems import SYSTEMS, System
 from benchmarks.training.workloads import CASES, Case
@@ -53,8 +53,9 @@ def of_case(place: Place, series: str, case: Case) -> Found | None:
         "torch": ceilings[0]["torch"] if ceilings else None,
         "threads": ceilings[0]["threads"] if ceilings else None,
         "systems": [line for line in lines if line],
-        "target": [],
+        "target": [curve for line in lines if line if (curve := _target(place, case, line))],
         "ladder": _ladder(folder),
+        "shares": (runs.load(folder / "profile" / "result.json") or {}).get("shares"),
     }
 
 
@@ -76,7 +77,7 @@ def _times(rounds: Sequence[Path], name: str) -> dict[int, tuple[float, str, Fou
     for number, path in enumerate(rounds):
         result = runs.load(path / name / "result.json")
         if result is not None and (result["step_seconds"] or result["unfinished"]):
-            step, how = ratios.step_time(result["step_seconds"], result["unfinished"], result["rows_per_step"])
+            step, how = ratios.step_time(result["step_seconds"], result["unfinished"])
             found[number] = step, how, result
     return found
 
@@ -95,6 +96,8 @@ def _line(
     if verdict is None:
         return None
     line: Found = {"system": system.name, "title": system.title, "gate": verdict}
+    if system.swept and (tried := sweep.seen(place, case, system)).seconds:
+        line["sweep"] = asdict(tried) | {"best": tried.best}
     mine, ours = times[system.name], times["luthier"]
     if not verdict["passed"] or not mine:
         return line
@@ -126,15 +129,18 @@ def _verdict_of(place: Place, case: Case, times: dict[int, Any]) -> Found | None
     return runs.load(newest) if newest and times else None
 
 
-def _target(folder: Path) -> list[Found]:
-    """For each system: held-out loss by step and the seconds until then."""
-    lines = []
-    for path in sorted((folder / "target").glob("*")):
-        result, losses = runs.load(path / "result.json"), runs.load(path / "judged.json")
-        if result and losses:
-            spent = [sum(result["step_seconds"][: int(step)]) for step in losses]
-            lines.append({"system": path.name, "losses": list(losses.values()), "seconds": spent})
-    return lines
+def _target(place: Place, case: Case, line: Found) -> Found | None:
+    """Held-out loss by step of a run of its own, and the seconds until then at the pace of the rounds."""
+    if "seconds_per_step" not in line:
+        return None
+    folder = stages.target_folder(place, case, SYSTEMS[line["system"]], 0).parent
+    losses: Found = {}
+    for path in folder.glob("*-steps/judged.json"):
+        losses = max(losses, runs.load(path) or {}, key=len)
+    if not losses:
+        return None
+    seconds = [int(step) * line["seconds_per_step"] for step in losses]
+    return {"system": line["system"], "losses": list(losses.values()), "seconds": seconds}
 
 
 def to_reach(line: Found, target: float) -> float | None:

@@ -7,6 +7,7 @@ Does not know: time, gates. (A rung must pass the gate as everything else does.)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -57,6 +58,35 @@ def _packing(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(forest, "plan", lambda rows, *_: [[index] for index in range(len(rows))]))
 
 
+def _fused(stack: ExitStack) -> None:
+    """Layers through transformers and PEFT, instead of functions of our own with gradients by hand."""
+    from luthier.engine import layers
+
+    stack.enter_context(mock.patch.object(layers, "fuse", return_value="the ladder asks for it"))
+
+
+def _head(stack: ExitStack) -> None:
+    """Logits at every position, learnt or not."""
+    from luthier.engine import forest
+
+    build = forest.build
+
+    def everywhere(*given: Any, **named: Any) -> Any:
+        import numpy as np
+
+        tree = build(*given, **named)
+        others = np.setdiff1d(np.arange(tree.tokens), tree.sources)
+        return dataclasses.replace(
+            tree,
+            sources=np.r_[tree.sources, others],
+            targets=np.r_[tree.targets, np.zeros_like(others)],
+            weights=np.r_[tree.weights, np.zeros(len(others), np.float32)],
+            sequences=np.r_[tree.sequences, np.zeros_like(others)],
+        )
+
+    stack.enter_context(mock.patch.object(forest, "build", everywhere))
+
+
 def _bfloat16(stack: ExitStack) -> None:
     """Weights and activations in float32."""
     from luthier.engine import models
@@ -64,7 +94,14 @@ def _bfloat16(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(models, "default_precision", return_value="float32"))
 
 
-RUNGS = {"sharing": _sharing, "blocks": _blocks, "packing": _packing, "bfloat16": _bfloat16}
+RUNGS = {
+    "sharing": _sharing,
+    "packing": _packing,
+    "blocks": _blocks,
+    "fused": _fused,
+    "head": _head,
+    "bfloat16": _bfloat16,
+}
 
 
 @contextmanager

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
-from benchmarks.training import environments, figures, gate, ratios
+from benchmarks.training import environments, figures, gate, goals, ratios
 from benchmarks.training.figures import Found
 from benchmarks.training.runs import ROOT, Place
 from benchmarks.training.systems import HERE, SYSTEMS
@@ -21,18 +20,25 @@ the same LoRA (r 16, alpha 32, every linear layer but the head, no dropout) star
 constant rate, gradients clipped at 1. Each runs in its own environment, with the versions in
 `benchmarks/training/requirements/`.
 
-**The gate.** Before a time is shown, a trainer takes a few steps of the case, two micro-batches each, beside a float32
-reference that computes one row at a time. The first loss must be within {gate.LOSS:.0e} of the reference's,
+**Tuned.** What each trainer lets one set for the better is under "What was tuned"; its micro-batch is the best of a
+sweep for that trainer and case: one optimizer step with each candidate, in a process of its own.
+
+**The gate.** Before a time is shown, a trainer takes a few steps of the case, several micro-batches each, beside a
+float32 reference that computes one row at a time. The first loss must be within {gate.LOSS:.0e} of the reference's,
 its gradients as one vector must have a cosine above {gate.COSINE}, none may be zero, and the held-out loss afterwards,
 measured for everybody by one float32 model, must be within {gate.HELD_OUT:.0%} of the way that the reference's has
 fallen. Who fails is listed without a time.
 
 **Times.** A process of its own for each run, in turning order (A B C, C B A, ...), with the machine's matrix ceiling
 measured in every round. A step's time includes taking rows, planning, collating and the optimizer; loading and
-tokenising are not in it. Ratios are medians over rounds of the two times of a round, with a bootstrapped 95 % interval.
+tokenising are not in it. Memory is the most that the process itself
+has held. Ratios are medians over rounds of the two times of a round, with a bootstrapped 95 % interval.
 MFU counts what a step cannot do without: physical with shared prefixes once, effective with each row alone; both
 against the ceiling of the same rounds. A trainer whose step does not end within a run is timed by its finished
-micro-batches.
+micro-batches after the first, scaled by tokens; the update, which is small beside them, is then not in it.
+
+**Time to a loss.** The held-out loss by step comes from a run of its own, measured by one float32 model for everybody;
+steps become seconds by the pace of the rounds. All learn at the same rate from the same start, rows in the same order.
 """
 HEAD = (
     "",
@@ -68,6 +74,8 @@ def page(found: Found) -> str:
         f"Made by `make bench` on {found['date']} (UTC); do not edit. Series `{found['series']}`.\n",
         "![Logical tokens a second](benchmarks.svg)\n",
         *(_case(case) for case in found["cases"]),
+        "## Goals\n",
+        *_goals(found["cases"]),
         "## Method\n",
         METHOD,
         "## What was tuned\n",
@@ -99,6 +107,7 @@ def _case(case: Found) -> str:
         *_gates(case["systems"]),
         *_target(case["target"]),
         *_ladder(case["ladder"]),
+        *_shares(case["shares"]),
     ]
     return "\n".join(lines)
 
@@ -177,11 +186,41 @@ def _ladder(lines: list[Found]) -> list[str]:
     ]
 
 
+def _shares(shares: dict[str, float] | None) -> list[str]:
+    if not shares:
+        return []
+    return ["Where a step of Luthier's goes: " + ", ".join(f"{what} {share:.0%}" for what, share in shares.items()), ""]
+
+
+def _goals(cases: list[Found]) -> list[str]:
+    """What was wanted, what was found, and where it was missed what the machine would have let through."""
+    said = ["| case | goal | wanted | found | | at the ceiling |", "|---|---|---|---|---|---|"]
+    for case in cases:
+        for goal in goals.of_case(case):
+            word = {None: "not measured", True: "reached", False: "missed"}[goal.reached]
+            found = "" if goal.found is None else f"{goal.found:.2f}"
+            most = "" if goal.most is None else f"{goal.most:.1f}"
+            wanted = f"{'at least' if goal.least else 'at most'} {goal.wanted:g}"
+            said.append(f"| {case['case']} | {goal.what} | {wanted} | {found} | {word} | {most} |")
+    said += ["", "At the ceiling: the ratio of a trainer that does nothing but what a step of these rows cannot do"]
+    return [*said, "without (shared prefixes once), as fast as this machine multiplies matrices.", ""]
+
+
 def _tuning(found: Found) -> str:
-    seen = {line["system"] for case in found["cases"] for line in case["systems"]}
+    """What tuned means for each, and what the sweeps found."""
     lines = []
     for name, system in SYSTEMS.items():
-        if name in seen:
-            micro: Any = ", ".join(f"{count} rows ({shape})" for shape, count in system.micro.items())
-            lines.append(f"* **{system.title}**: {system.tuning}" + (f"; micro-batch {micro}." if micro else "."))
+        mine = [(case["case"], line) for case in found["cases"] for line in case["systems"] if line["system"] == name]
+        if mine:
+            lines.append(f"* **{system.title}**: {system.tuning}.")
+        for case, line in mine:
+            if "sweep" in line:
+                tried = ", ".join(
+                    f"{micro} rows {'failed' if taken is None else f'{taken:.2f}'}"
+                    for micro, taken in line["sweep"]["seconds"].items()
+                )
+                lines.append(
+                    f"  * {case}: seconds a row with a micro-batch of {tried}; taken {line['sweep']['best']} "
+                    f"({line['sweep']['threads']} threads)."
+                )
     return "\n".join(lines) + "\n"

@@ -76,7 +76,7 @@ def engine_code() -> str:
 
 def version(system: System) -> str:
     """What a system's figures belong to: its versions, or for Luthier its sources."""
-    if system.driver == "luthier_engine":
+    if system.driver.startswith("luthier_"):
         return engine_code()
     if system.environment:
         return environments.digest(system.requirements)

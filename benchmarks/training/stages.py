@@ -18,6 +18,7 @@ from benchmarks.training.systems import REFERENCE, SYSTEMS, System
 from benchmarks.training.workloads import Case
 
 CEILING = System("ceiling", "matrix ceiling", "ceiling", "", "", "")
+PROFILE = System("profile", "Luthier under the profiler", "luthier_profile", "tuned", "", "")
 RUNG_ROUNDS = 2
 
 
@@ -161,7 +162,16 @@ def target_folder(place: Place, case: Case, system: System, steps: int) -> Path:
     return place.folder / "target" / runs.rows_name(case) / runs.label(system) / f"{steps}-steps"
 
 
-# -- the ladder --------------------------------------------------------------------------------------------------------
+# -- where our time goes -----------------------------------------------------------------------------------------------
+
+
+def dissect(place: Place, case: Case, series: str) -> None:
+    """Shares of one step of ours by kind of work, under the profiler."""
+    out = series_folder(place, series, case) / "profile"
+    result = runs.do(place, case, PROFILE, out, Ask(case.rows_per_step, 2, 0, 3600))
+    shares = result["shares"] if result else {}
+    shown = ", ".join(f"{what} {share:.0%}" for what, share in shares.items())
+    say(f"{case.name} a step of Luthier: {shown or 'failed: ' + runs.last_words(out)}")
 
 
 def climb(place: Place, case: Case, series: str, rungs: Sequence[str], seconds: float) -> None:

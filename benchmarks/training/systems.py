@@ -56,8 +56,8 @@ SYSTEMS: dict[str, System] = {
             "trl_sft",
             "tuned",
             "huggingface",
-            "bfloat16 weights and adapters (all weights: float32 under autocast), no checkpointing, SDPA, rows of a step "
-            "sorted by length; packing is off: TRL knows it to be sound with FlashAttention alone",
+            "bfloat16 weights and adapters (all weights: float32 under autocast), no checkpointing, SDPA, rows of a "
+            "step sorted by length; packing is off: TRL knows it to be sound with FlashAttention alone",
             True,
         ),
         System("trl", "TRL 1.16", "trl_sft", "default", "huggingface", "nothing: `SFTConfig()`"),
@@ -67,7 +67,8 @@ SYSTEMS: dict[str, System] = {
             "trainer",
             "tuned",
             "huggingface",
-            "bfloat16 weights and adapters (all weights: float32 under autocast), SDPA, rows of a step sorted by length",
+            "bfloat16 weights and adapters (all weights: float32 under autocast), SDPA, rows of a step sorted by "
+            "length",
             True,
         ),
         System(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.training import ladder, workloads
-from benchmarks.training.drivers import flat, luthier_engine, start
+from benchmarks.training.drivers import flat, luthier_engine, luthier_profile, start
 from benchmarks.training.drivers import job as jobs
 
 from tests.benchmarks.test_workloads import a_job
@@ -51,6 +51,14 @@ def test_every_rung_trains_alike(place: Path, tiny: Path, wanted: list[float], r
     record = luthier_engine.train(job(place, tiny, f"without-{rung}", "tuned", [rung] if rung else []))
     assert record.losses == pytest.approx(wanted, rel=5e-3)
     assert record.notes["physical_tokens"] == (4 * 37 if rung in ("sharing", "packing") else 30 + 4 * 7)
+
+
+def test_the_profile_of_a_step_names_attention_and_products(place: Path, tiny: Path) -> None:
+    found: dict[str, float] = {}
+    with luthier_profile.watched(found):
+        luthier_engine.train(job(place, tiny, "profile", "tuned", []))
+    assert {"attention", "matrix products"} <= set(found)
+    assert sum(found.values()) == pytest.approx(1.0)
 
 
 def test_the_flat_loop_trains_alike(place: Path, tiny: Path, wanted: list[float]) -> None:

@@ -38,16 +38,18 @@ def test_unpaired_times_are_refused(others: list[float], ours: list[float]) -> N
     [
         ([9.0, 2.0, 4.0, 3.0], None, (3.0, "median of 3 steps after the first")),
         ([9.0], (4, 1.0), (9.0, "its first step")),
-        ([], (12, 60.0), (80.0, "12 of a step's 16 rows, scaled")),
+        ([], (1200, 1600, 60.0), (80.0, "1,200 of a step's 1,600 tokens, scaled")),
     ],
 )
-def test_a_steps_time(seconds: list[float], unfinished: tuple[int, float] | None, wanted: tuple[float, str]) -> None:
-    assert ratios.step_time(seconds, unfinished, 16) == wanted
+def test_a_steps_time(
+    seconds: list[float], unfinished: tuple[int, int, float] | None, wanted: tuple[float, str]
+) -> None:
+    assert ratios.step_time(seconds, unfinished) == wanted
 
 
 def test_a_run_without_a_micro_batch_has_no_time() -> None:
     with pytest.raises(ValueError, match="not even a micro-batch"):
-        ratios.step_time([], None, 16)
+        ratios.step_time([], None)
 
 
 def test_rounds_turn_around() -> None:

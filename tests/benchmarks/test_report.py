@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.training import figures, report, runs, stages
+from benchmarks.training import figures, report, runs, stages, sweep
 from benchmarks.training.systems import SYSTEMS
 from benchmarks.training.workloads import CASES, HASHES
 
@@ -51,7 +51,13 @@ def place(tmp_path: Path) -> runs.Place:
         write(folder / "ceiling" / "result.json", ceiling)
         write(folder / "luthier" / "result.json", result(2.0, physical_tokens=4800))
         write(folder / "flat" / "result.json", result(flat))
-        write(folder / "trl-tuned" / "result.json", result(0, step_seconds=[], unfinished=[4, 10.0]))
+        write(folder / "trl-tuned" / "result.json", result(0, step_seconds=[], unfinished=[4800, 19200, 10.0]))
+    for micro, seconds in ((1, 32.0), (2, 24.0)):
+        tried = result(0, step_seconds=[seconds], rows_per_step=4, threads=2)
+        write(sweep.folder(place, case, SYSTEMS["flat"], micro) / "result.json", tried)
+    losses = {"0": 4.0, "2": 3.0}
+    write(stages.target_folder(place, case, SYSTEMS["luthier"], 2) / "judged.json", losses)
+    write(stages.target_folder(place, case, SYSTEMS["flat"], 2) / "judged.json", losses | {"2": 2.0})
     return place
 
 
@@ -71,11 +77,32 @@ def test_the_figures_of_a_case(place: runs.Place, smollm2: Path) -> None:
     assert found["rows"] == HASHES["shared", "smollm2-135m-instruct"]
 
 
+def test_seconds_to_a_loss_are_steps_at_the_pace_of_the_rounds(place: runs.Place, smollm2: Path) -> None:
+    found = figures.of_case(place, "a", CASES["S1"])
+    assert found is not None
+    assert found["target"] == [
+        {"system": "luthier", "losses": [4.0, 3.0], "seconds": [0.0, 4.0]},
+        {"system": "flat", "losses": [4.0, 2.0], "seconds": [0.0, 14.0]},
+    ]
+    page = report.page(figures.of_series(place, "a"))
+    assert "Time to a held-out loss of 3.000 (from 4.000):" in page
+    assert "| Luthier | 4 |" in page
+    assert "| flat loop tuned by hand | 7 |" in page
+
+
+def test_the_page_tells_what_was_swept_and_what_was_reached(place: runs.Place, smollm2: Path) -> None:
+    page = report.page(figures.of_series(place, "a"))
+    assert "  * S1: seconds a row with a micro-batch of 1 rows 8.00, 2 rows 6.00; taken 2 (2 threads)." in page
+    fastest = "times as fast as flat loop tuned by hand, the fastest timed of torchtune and the flat loop"
+    assert f"| S1 | {fastest} | at least 5 | 3.50 | missed | " in page
+    assert "| S1 | peak memory, as a share of TRL's, tuned | at most 0.5 | 1.00 | missed |  |" in page
+
+
 def test_the_page_shows_no_time_of_who_failed(place: runs.Place, smollm2: Path) -> None:
     page = report.page(figures.of_series(place, "a"))
     assert "| Trainer + PEFT | failed the gate | | | | | | | | |" in page
     assert "* Trainer + PEFT failed the gate: gradients: 3 of 4 are zero, a first." in page
-    assert "* TRL 1.16, tuned: timed by 4 of a step's 16 rows, scaled." in page
+    assert "* TRL 1.16, tuned: timed by 4,800 of a step's 19,200 tokens, scaled." in page
     assert "| flat loop tuned by hand | 3.50x (3.00 to 4.00) | 7.00 | 2743 | 274 |" in page
 
 

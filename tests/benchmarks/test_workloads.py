@@ -75,6 +75,17 @@ def a_job(folder: Path, **changed: object) -> jobs.Job:
     return jobs.Job(**{**fields, **changed})  # type: ignore[arg-type]
 
 
+def test_the_first_micro_batch_of_a_step_that_was_broken_off_warms_up(tmp_path: Path) -> None:
+    rows = [([5] * length, [1] * length) for length in (9, 8, 7, 6)]
+    workloads.save(workloads.Workload(rows, rows), tmp_path / "rows.safetensors")
+    record = jobs.Record(a_job(tmp_path, rows_per_step=4, steps=1))
+    assert record.unfinished() is None
+    record.parts = [(1, 5.0)]
+    assert record.unfinished() == (9, 30, 5.0)
+    record.parts += [(2, 7.0), (3, 8.0)]
+    assert record.unfinished() == (15, 30, 3.0)
+
+
 def test_a_driver_reads_the_rows_of_its_steps(tmp_path: Path) -> None:
     train = [([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1]), ([1, 2], [0, 1]), ([3, 4, 5], [0, 0, 1]), ([9, 9], [0, 1])]
     workloads.save(workloads.Workload(train, [([4, 2], [0, 1])]), tmp_path / "rows.safetensors")
@@ -96,7 +107,9 @@ def test_a_job_survives_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_record_of_a_run(tmp_path: Path) -> None:
     import torch
 
-    record = jobs.Record(a_job(tmp_path, gradients=True, keep_every=2))
+    rows = [([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])]
+    workloads.save(workloads.Workload(rows * 3, rows), tmp_path / "rows.safetensors")
+    record = jobs.Record(a_job(tmp_path, gradients=True, keep_every=2, steps=3))
     record.begin()
     record.gradients([("a.default.weight", torch.ones(2)), ("b", None)])
     for _ in range(2):
@@ -107,7 +120,11 @@ def test_the_record_of_a_run(tmp_path: Path) -> None:
     record.finish()
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(result["step_seconds"]) == 2
-    assert result["unfinished"][0] == 1
+    assert result["unfinished"][:2] == [3, 5]
     assert result["peak_bytes"] > 0
     assert result["seconds_to_first_step"] > 0
-    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"gradients.safetensors", "weights-2.safetensors"}
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {
+        "gradients.safetensors",
+        "weights-2.safetensors",
+        "rows.safetensors",
+    }
