@@ -26,14 +26,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": {"spec"},
     "spec": set(),
     "data": {"spec"},
-    "engine": {"data", "spec", "settings"},
+    "engine": {"proof", "data", "spec", "settings"},
+    "proof": {"data", "spec"},  # torch-free: measures and verdicts from answers
     "store": {"spec"},
     "work": {"store", "data", "spec", "settings"},  # data: files are checked before they queue
     "serve.router": {"spec", "settings"},
     "serve": {"engine", "data", "spec", "settings"},
-    "api": {"store", "data", "serve.router", "spec", "settings"},
-    "web": {"api", "store", "data", "serve.router", "spec", "settings"},
-    "cli": {"api", "data", "engine", "serve", "serve.router", "settings", "spec", "store", "web", "work"},
+    "api": {"proof", "store", "data", "serve.router", "spec", "settings"},
+    "web": {"api", "proof", "store", "data", "serve.router", "spec", "settings"},
+    "cli": {"api", "data", "engine", "proof", "serve", "serve.router", "settings", "spec", "store", "web", "work"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 # Libraries that only the named rooms may use.
@@ -162,6 +163,7 @@ def loaded_by(code: str) -> set[str]:
         "luthier.settings",
         "luthier.data.read, luthier.data.formats, luthier.data.render",
         "luthier.engine.catalogue",
+        "luthier.proof.judge, luthier.proof.choose, luthier.proof.neighbours, luthier.proof.graders",
     ],
 )
 def test_light_rooms_load_no_torch(modules: str) -> None:

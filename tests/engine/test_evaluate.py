@@ -15,6 +15,7 @@ from luthier.data.render import Renderer
 from luthier.engine import evaluate as room
 from luthier.engine import generate as decoding
 from luthier.engine import models, step
+from luthier.engine.answers import answer_of
 from luthier.engine.evaluate import evaluate
 from luthier.engine.generate import Sampling, generate
 from luthier.spec.data import Chat, Completion, Example, Message, Text, ToolCall
@@ -64,7 +65,7 @@ def said(model: Any, renderer: Renderer, example: Example, tokens: int) -> str:
     assert question is not None
     done = generate(model, [question[0]], renderer.stop_ids, 0, Sampling(max_tokens=tokens), context=512)
     assert isinstance(example, Chat | Completion)
-    return room.answer_of(renderer, example, done[0].ids)
+    return answer_of(renderer, example, done[0].ids)
 
 
 def test_scores_are_those_of_the_models_own_forward(loaded: models.Loaded, renderer: Renderer) -> None:
@@ -244,7 +245,7 @@ def test_tool_calls_are_compared_as_calls(renderer: Renderer) -> None:
     example = Chat((Message("user", "a"), wanted))
     from luthier.data.answer import answer_text
 
-    assert room.matches(room.answer_of(renderer, example, ids), answer_text(wanted))
+    assert room.matches(answer_of(renderer, example, ids), answer_text(wanted))
 
 
 def test_every_row_that_cannot_be_measured_is_named(loaded: models.Loaded, renderer: Renderer) -> None:
@@ -276,11 +277,11 @@ def test_answers_get_the_longest_reference_and_a_little_more(
     told: list[str] = []
     longest = len(renderer.tokenizer.plain("two " * 9))
     evaluate(loaded, renderer, [asked("a", "b"), asked("c", "two " * 9)], compare=False, tell=told.append)
-    assert seen == [longest + 16]
+    assert set(seen) == {longest + 16}
     assert told == [f"Answers may have {longest + 16} tokens; the longest reference has {longest}."]
     monkeypatch.setattr(room, "MOST_TOKENS", 8)
     evaluate(loaded, renderer, [asked("a", "b"), asked("c", "two " * 9)], compare=False, tell=told.append)
-    assert seen[1] == 8
+    assert seen[-1] == 8
     assert told[-1].startswith("1 references are longer")
 
 
@@ -289,11 +290,11 @@ def test_progress_is_told_for_each_part(adapted: models.Loaded, renderer: Render
     evaluate(adapted, renderer, CHATS, max_tokens=2, progress=lambda *what: told.append(what))
     assert list(dict.fromkeys(name for name, _, _ in told)) == [
         "Loss of the tuned model",
-        "Answers of the tuned model",
         "Loss of the base model",
-        "Answers of the base model",
+        "Answers of the tuned model",
+        "Answers of the base",
     ]
-    assert ("Answers of the base model", 5, 5) in told
+    assert ("Answers of the base", 5, 5) in told
 
 
 def test_memory_does_not_grow_with_the_rows(loaded: models.Loaded, renderer: Renderer) -> None:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from luthier.cli.output import console, print_json, short, typed, visible, waiting
+from luthier.cli.proof import show_proof
 from luthier.spec.data import Example, Problem
-from luthier.spec.errors import BadData, NotFound
+from luthier.spec.errors import BadData, BadSetting, NotFound
 from luthier.spec.job import Precision
+from luthier.spec.proof import CHOSEN_METRICS, EXAMPLES
 from luthier.spec.report import Report, Sample, Score
 from luthier.spec.run import TERMINAL, RunFolder
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from luthier.engine.models import Loaded
+    from luthier.proof.metrics import Metric
 
 SHOWN_SAMPLES = 4
 SHOWN_CHARACTERS = 300
@@ -41,18 +44,42 @@ def evaluate(
         str | None, typer.Option("--template", help="Chat template: a built-in name or a .jinja file.")
     ] = None,
     precision: Annotated[Precision, typer.Option("--precision", help="Weights and activations.")] = "auto",
+    metric: Annotated[
+        str, typer.Option("--metric", help=f"How answers are scored: auto, {', '.join(CHOSEN_METRICS)}.")
+    ] = "auto",
+    grader: Annotated[
+        str | None,
+        typer.Option("--grader", help="Your own score: module:function, called with answer, wanted, prompt."),
+    ] = None,
+    grader_command: Annotated[
+        str | None,
+        typer.Option(
+            "--grader-command", help="Your own score: a command that reads JSON lines, writes a score a line."
+        ),
+    ] = None,
+    examples_from: Annotated[
+        Path | None,
+        typer.Option("--examples-from", help="Training rows: the base is asked with the nearest in its prompt."),
+    ] = None,
+    shown: Annotated[int, typer.Option("--examples", min=1, help="How many of them are shown.")] = EXAMPLES,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of bootstrap and permutations.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
-    """Measure a tuned model on held-out rows: loss, token accuracy, exact match, base beside tuned.
+    """Measure a tuned model on held-out rows, base beside tuned: loss, and a metric that fits the answers.
 
-    Loss is per learnt token, in nats. An answer matches when it is the reference to the letter, white space at its
-    ends aside; the model's likeliest answer is taken. Exit code 2 when a row cannot be measured.
+    Loss is per learnt token, in nats. The metric follows from what the references look like (labels, JSON, tool calls,
+    numbers, texts) or is named; the model's likeliest answer is taken. Each difference has a 95% interval and a paired
+    test. Exit code 2 when a row cannot be measured.
     """
     examples = read(data, limit)
+    known = read(examples_from, param="examples-from") if examples_from else []
+    chosen = _metric(metric, grader, grader_command)
     loaded = load(model, precision)
     from luthier.data.render import Renderer
     from luthier.engine import evaluate as room
     from luthier.engine.generate import BATCH_SIZE
+    from luthier.engine.prove import Plan
+    from luthier.settings import load_settings
 
     notes: list[str] = []
     with waiting() as progress:
@@ -61,6 +88,8 @@ def evaluate(
             Renderer.load(loaded.folder, template),
             examples,
             compare=compare,
+            plan=Plan(chosen, examples=shown, seed=seed, memory=load_settings().cache_dir / "answers"),
+            known=known,
             max_tokens=max_tokens,
             batch_size=batch_size or BATCH_SIZE,
             progress=progress,
@@ -75,12 +104,23 @@ def evaluate(
     _show(report, room.matches, model)
 
 
-def read(path: Path, limit: int | None = None) -> list[Example]:
+def _metric(name: str, function: str | None, command: str | None) -> str | Metric:
+    """The metric's name, or the user's own grader. Raises BadSetting."""
+    if function is None and command is None:
+        return name
+    if name != "auto":
+        raise BadSetting(f"--metric {name} and a grader: one of them scores.", param="metric", hint="Leave one out.")
+    from luthier.proof.graders import grader
+
+    return grader(function, command)
+
+
+def read(path: Path, limit: int | None = None, param: str = "data") -> list[Example]:
     """The first `limit` examples of `path`. Raises NotFound, and BadData with every problem up to there."""
     from luthier.data.formats import read_examples
 
     if not path.is_file():
-        raise NotFound(f"No data file {path}.", param="data", hint="Check the path given with --data.")
+        raise NotFound(f"No data file {path}.", param=param, hint=f"Check the path given with --{param}.")
     examples: list[Example] = []
     problems: list[Problem] = []
     for item in read_examples(path):
@@ -142,6 +182,8 @@ def _show(report: Report, matches: Callable[[str | None, str], bool], model: str
     for label, show in _LINES:
         table.add_row(label, *(show(score) for _, score in scores))
     out.print(table)
+    if report.proof is not None:
+        show_proof(report.proof)
     wrong = [sample for sample in report.samples if not matches(sample.tuned, sample.wanted)]
     right = [sample for sample in report.samples if matches(sample.tuned, sample.wanted)]
     for sample in itertools.islice(itertools.chain(wrong, right), SHOWN_SAMPLES):

@@ -87,15 +87,7 @@ class Look:
             for tokens in self.classes.tokens:
                 marks = np.r_[np.zeros(len(prompt)), np.ones(len(tokens))].astype(np.float32)
                 pairs.append((np.r_[prompt, tokens].astype(np.int32), marks))
-        flat = self.scores.reshape(-1)
-
-        def add(tree: Forest, hidden: Tensor) -> None:
-            targets = torch.from_numpy(tree.targets).to(hidden.device)
-            for cut in loss.slices(len(targets), self.vocabulary):
-                picked = self.head(hidden[cut]).log_softmax(-1).gather(1, targets[cut, None]).squeeze(1)
-                np.add.at(flat, tree.sequences[cut], picked.double().cpu().numpy())
-
-        step.measure_rows(self.model, pairs, micro_tokens, part=part, watch=add)
+        self.scores[:] = step.row_log_probs(self.model, pairs, micro_tokens, part=part).reshape(self.scores.shape)
 
 
 def prepare(

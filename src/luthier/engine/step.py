@@ -5,11 +5,13 @@ Training, validation, evaluation and the self-check all go through here. Does no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -147,6 +149,41 @@ def measure_rows(
     finally:
         model.train(was_training)
     return total
+
+
+def row_log_probs(
+    model: Any, rows: Sequence[Row], micro_tokens: int, *, part: slice = slice(None)
+) -> npt.NDArray[np.float64]:
+    """Log-probability, nats, of everything that each row learns, [rows]: sums over its targets, whatever they weigh.
+
+    Rows outside `part` of the micro-batches keep 0.
+    """
+    base = inner(model)
+    head, vocabulary = loss.head_of(base), _vocabulary(base)
+    found = np.zeros(len(rows))
+
+    def add(tree: Forest, hidden: Tensor) -> None:
+        targets = torch.from_numpy(tree.targets).to(hidden.device)
+        for cut in loss.slices(len(targets), vocabulary):
+            picked = head(hidden[cut]).log_softmax(-1).gather(1, targets[cut, None]).squeeze(1)
+            np.add.at(found, tree.sequences[cut], picked.double().cpu().numpy())
+
+    measure_rows(model, rows, micro_tokens, part=part, watch=add)
+    return found
+
+
+@contextlib.contextmanager
+def forests(model: Any) -> Iterator[None]:
+    """While inside, `model` attends within forests; then as before."""
+    base = inner(model)
+    before = base.config._attn_implementation
+    if before != attention.NAME:
+        attention.install(base)
+    try:
+        yield
+    finally:
+        if before != attention.NAME:
+            base.set_attn_implementation(before)
 
 
 def plain_log_probs(model: Any, ids: Sequence[int]) -> Tensor:

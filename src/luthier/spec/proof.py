@@ -15,6 +15,7 @@ Verdict = Literal["helped", "not shown to help", "worse"]
 WAYS: tuple[WayName, ...] = get_args(WayName)
 METRICS: tuple[str, ...] = get_args(MetricName)
 CHOSEN_METRICS = tuple(name for name in METRICS if name != "grader")  # what a request may name
+EXAMPLES = 4  # training rows in the prompt of the way `examples`, when nothing else is asked
 LEVEL = 0.05  # a difference counts as shown below this p-value
 
 
@@ -31,7 +32,7 @@ class Interval(_Said):
 
 
 class Cost(_Said):
-    """What answering took. Seconds are shares of batches; an answer that was kept from before has those it took then."""
+    """What answering took. Seconds are shares of batches; an answer kept from before has those it took then."""
 
     prompt_tokens: int = Field(description="Over all rows.")
     answer_tokens: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from luthier.spec.forecast import Forecast
+from luthier.spec.proof import Proof
 
 
 class Score(BaseModel):
@@ -49,4 +50,5 @@ class Report(BaseModel):
     seconds: float = Field(default=0.0, description="Wall time of all attempts at the run.")
     peak_memory_bytes: int | None = None
     weights_changed: bool | None = Field(default=None, description="Checked against the start before publishing.")
+    proof: Proof | None = Field(default=None, description="Whether it helped, by what the models answered.")
     forecast: Forecast | None = Field(default=None, description="What was foretold before the first step.")
