@@ -88,8 +88,9 @@ def test_the_table_has_base_beside_tuned(run: Run, adapted: str, tmp_path: Path)
 
 def test_wrong_answers_are_shown_first(run: Run, adapted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from luthier.engine import evaluate as engine
+    from luthier.engine import prove
 
-    monkeypatch.setattr(engine, "answer_of", lambda renderer, example, ids: example.messages[-1].content)
+    monkeypatch.setattr(prove, "answer_of", lambda renderer, example, ids: example.messages[-1].content)
     monkeypatch.setattr(engine, "matches", lambda answer, wanted: answer == wanted and "3" not in wanted)
     monkeypatch.setattr(sys.modules["luthier.cli.evaluate"], "SHOWN_SAMPLES", 2)
     _, out, _ = run(adapted, "--data", rows(tmp_path))

@@ -49,17 +49,15 @@ def evaluate(
     ] = "auto",
     grader: Annotated[
         str | None,
-        typer.Option("--grader", help="Your own score: module:function, called with answer, wanted, prompt."),
+        typer.Option("--grader", help="Your own score: module:function, of answer, wanted, prompt."),
     ] = None,
     grader_command: Annotated[
         str | None,
-        typer.Option(
-            "--grader-command", help="Your own score: a command that reads JSON lines, writes a score a line."
-        ),
+        typer.Option("--grader-command", help="Your own score: a command, JSON lines in, a score a line out."),
     ] = None,
     examples_from: Annotated[
         Path | None,
-        typer.Option("--examples-from", help="Training rows: the base is asked with the nearest in its prompt."),
+        typer.Option("--examples-from", help="Training rows: the base is also asked with some in its prompt."),
     ] = None,
     shown: Annotated[int, typer.Option("--examples", min=1, help="How many of them are shown.")] = EXAMPLES,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of bootstrap and permutations.")] = 0,

@@ -45,8 +45,8 @@ def proof_lines(proof: Proof) -> list[tuple[str, list[str]]]:
         passed = "passed" if proof.pass_mark == 1 else f"passed ({proof.pass_mark:g} or more)"
         lines.append((passed, [f"{way.passed} of {len(proof.rows)}" for way in proof.ways]))
     every = dict.fromkeys(name for way in proof.ways for name in way.details)
-    for name in [name for name in every if " of " not in name and name != proof.metric]:
-        lines.append((name.replace("_", " "), [_number(way.details.get(name)) for way in proof.ways]))
+    names = [name for name in every if " of " not in name and name != proof.metric]  # those of single labels are many
+    lines += [(name.replace("_", " "), [_number(way.details.get(name)) for way in proof.ways]) for name in names]
     costs = [way.cost for way in proof.ways if way.cost is not None]
     if len(costs) == len(proof.ways):
         rows = max(1, len(proof.rows))
