@@ -20,6 +20,7 @@ from benchmarks.training.workloads import CASES, Case
 
 Found = dict[str, Any]
 CEILINGS = ("bfloat16", "float32", "gigabytes")  # GFLOP/s, GFLOP/s, GB/s
+MACHINE = ("processor", "capability", "cores", "memory_bytes", "torch", "threads")
 
 
 def of_series(place: Place, series: str) -> Found:
@@ -50,8 +51,8 @@ def of_case(place: Place, series: str, case: Case) -> Found | None:
         "physical_tokens": work.shared.tokens,
         "supervised_tokens": work.flat.predicting,
         "ceiling": {key: statistics.median(found[key] for found in ceilings) for key in CEILINGS} if ceilings else None,
-        "torch": ceilings[0]["torch"] if ceilings else None,
-        "threads": ceilings[0]["threads"] if ceilings else None,
+        "machine": {key: ceilings[0].get(key) for key in MACHINE} if ceilings else None,
+        "load": [round(found["load"], 1) for found in ceilings if "load" in found],
         "systems": [line for line in lines if line],
         "target": [curve for line in lines if line if (curve := _target(place, case, line))],
         "ladder": _ladder(folder),

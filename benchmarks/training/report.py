@@ -72,6 +72,7 @@ def page(found: Found) -> str:
     parts = [
         "# Training beside other trainers\n",
         f"Made by `make bench` on {found['date']} (UTC); do not edit. Series `{found['series']}`.\n",
+        *_machine(found["cases"]),
         "![Logical tokens a second](benchmarks.svg)\n",
         *(_case(case) for case in found["cases"]),
         "## Goals\n",
@@ -84,11 +85,23 @@ def page(found: Found) -> str:
     return "\n".join(parts)
 
 
+def _machine(cases: list[Found]) -> list[str]:
+    """What the rounds were taken on, once for each machine."""
+    said = []
+    for one in (case["machine"] for case in cases if case["machine"]):
+        line = (
+            f"Machine: {one['processor']} ({one['capability']}), {one['cores']} cores, "
+            f"{one['memory_bytes'] / 1e9:.0f} GB, no GPU used; torch {one['torch']} on {one['threads']} threads.\n"
+        )
+        said += [line] if line not in said else []
+    return said
+
+
 def _case(case: Found) -> str:
     ceiling = case["ceiling"]
     machine = (
         f"Ceiling in these rounds: {ceiling['bfloat16']:.0f} GFLOP/s bfloat16, {ceiling['float32']:.0f} float32, "
-        f"{ceiling['gigabytes']:.0f} GB/s; torch {case['torch']}, {case['threads']} threads."
+        f"{ceiling['gigabytes']:.0f} GB/s. Load before each round: {', '.join(map(str, case['load']))}."
         if ceiling
         else "The ceiling was not measured."
     )

@@ -16,7 +16,7 @@ from benchmarks.training.runs import Ask, Place
 from benchmarks.training.systems import System
 from benchmarks.training.workloads import GEMMA, Case
 
-CANDIDATES = {"shared": (1, 2, 4), "turns": (1, 2, 4), "short": (4, 8, 16), "text": (1, 2, 4)}
+CANDIDATES = {"shared": (1, 2, 4), "turns": (2, 4), "short": (4, 8, 16), "text": (1, 2)}
 LARGE_VOCABULARY = (1, 2)  # Gemma's logits of more long rows do not fit beside those that others make of them
 
 

@@ -47,7 +47,9 @@ def place(tmp_path: Path) -> runs.Place:
         write(stages.gate_folder(place, case, SYSTEMS[name]) / "verdict.json", verdict)
     for number, flat in enumerate((6.0, 8.0), 1):
         folder = stages.series_folder(place, "a", case) / f"round-{number}"
-        ceiling = {"bfloat16": 400.0, "float32": 200.0, "gigabytes": 30.0, "torch": "2.13.0", "threads": 2}
+        ceiling: dict[str, object] = {"bfloat16": 400.0, "float32": 200.0, "gigabytes": 30.0}
+        ceiling |= {"processor": "One", "capability": "AVX512", "cores": 2, "memory_bytes": 24e9, "load": 0.25}
+        ceiling |= {"torch": "2.13.0", "threads": 2}
         write(folder / "ceiling" / "result.json", ceiling)
         write(folder / "luthier" / "result.json", result(2.0, physical_tokens=4800))
         write(folder / "flat" / "result.json", result(flat))
@@ -103,6 +105,7 @@ def test_the_page_shows_no_time_of_who_failed(place: runs.Place, smollm2: Path) 
     assert "| Trainer + PEFT | failed the gate | | | | | | | | |" in page
     assert "* Trainer + PEFT failed the gate: gradients: 3 of 4 are zero, a first." in page
     assert "* TRL 1.16, tuned: timed by 4,800 of a step's 19,200 tokens, scaled." in page
+    assert "Machine: One (AVX512), 2 cores, 24 GB, no GPU used; torch 2.13.0 on 2 threads." in page
     assert "| flat loop tuned by hand | 3.50x (3.00 to 4.00) | 7.00 | 2743 | 274 |" in page
 
 

@@ -6,8 +6,11 @@ The ceiling is the best of several tries of each shape, and of the shapes the be
 from __future__ import annotations
 
 import json
+import os
+import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,18 +43,31 @@ def triad() -> float:
     return 3 * 4 * size / fastest / 1e9
 
 
+def machine() -> dict[str, Any]:
+    """What it is: processor and cores, bytes of memory, and how busy others keep it."""
+    said = Path("/proc/cpuinfo")
+    lines = said.read_text(encoding="utf-8").splitlines() if said.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load": os.getloadavg()[0],
+    }
+
+
 def main() -> None:
     job = jobs.read()
     config = json.loads((Path(job.model) / "config.json").read_text(encoding="utf-8"))
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     shapes = [(ROWS, hidden, inner), (ROWS, inner, hidden), (ROWS, hidden, hidden)]
     record = jobs.Record(job)
-    record.notes |= {
+    record.notes |= machine() | {
         "bfloat16": max(best(*shape, torch.bfloat16) for shape in shapes),
         "float32": max(best(*shape, torch.float32) for shape in shapes),
         "gigabytes": triad(),
         "torch": torch.__version__,
-        "processor": torch.backends.cpu.get_cpu_capability(),
     }
     record.begin()
     record.finish()
