@@ -1,4 +1,4 @@
-"""Laws of attention by tiles: it is its masked twin, whatever the forest, heads, window, cut or size of scores."""
+"""Laws of attention by blocks: it is its masked twin, whatever the forest, heads, window, cut or size of scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from luthier.engine import attention, forest, schedule
+from luthier.engine import attention, blocks, forest
 from luthier.engine.forest import Forest
 
 ROWS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=60), min_size=1, max_size=7)
@@ -64,24 +64,26 @@ def apart(left: list[Tensor], right: list[Tensor]) -> float:
 
 
 @contextmanager
-def tiles_of(scores: int) -> Iterator[None]:
-    before, schedule.TILE = schedule.TILE, scores
+def halved_from(pairs: int) -> Iterator[None]:
+    """Blocks of so many pairs are halved, and windowed segments cut as finely as that."""
+    before = blocks.HALVED, blocks.LEAST
+    blocks.HALVED, blocks.LEAST = pairs, 1
     try:
         yield
     finally:
-        schedule.TILE = before
+        blocks.HALVED, blocks.LEAST = before
 
 
 @settings(max_examples=50, deadline=None)
-@given(ROWS, HEADS, WINDOWS, st.sampled_from([3, 16, 64]), st.sampled_from([300, 5000, 1 << 20]))
-def test_tiles_are_the_masked_twin(
-    rows: list[list[int]], heads: tuple[int, int], window: int | None, size: int, tile: int
+@given(ROWS, HEADS, WINDOWS, st.sampled_from([3, 16, 64]), st.sampled_from([20, 300, 1 << 20]))
+def test_blocks_are_the_masked_twin(
+    rows: list[list[int]], heads: tuple[int, int], window: int | None, size: int, halved: int
 ) -> None:
-    """Float32, 1e-5: any trie, any grouping of heads, windows counted on the path, any cut into tiles."""
+    """Float32, 1e-5: any trie, any grouping of heads, windows counted on the path, any cut into halves."""
     tree = planted(rows)
     parts = tensors(tree, heads, size)
     seed = torch.randn(parts[0].shape, generator=torch.Generator().manual_seed(1))
-    with tiles_of(tile):
+    with halved_from(halved):
         found = ours(tree, parts, seed, window, size**-0.5, torch.float32)
     assert apart(found, twin(tree, parts, seed, window, size**-0.5, torch.float32)) < 1e-5
 
@@ -89,7 +91,7 @@ def test_tiles_are_the_masked_twin(
 @pytest.mark.parametrize("size", [64, 80, 128, 256])
 @pytest.mark.parametrize("window", [None, 100])
 def test_long_segments_of_every_head_size(size: int, window: int | None) -> None:
-    """A prefix of several tiles, branches of unlike lengths, one branch that parts again."""
+    """A prefix that is halved, branches of unlike lengths, one branch that parts again."""
     rng = np.random.default_rng(2)
     prefix, middle = (rng.integers(0, 300, length).tolist() for length in (290, 70))
     rows = [
@@ -99,8 +101,7 @@ def test_long_segments_of_every_head_size(size: int, window: int | None) -> None
     tree = planted(rows)
     parts = tensors(tree, (4, 1), size)
     seed = torch.randn(parts[0].shape, generator=torch.Generator().manual_seed(1))
-    with tiles_of(50_000):
-        found = ours(tree, parts, seed, window, size**-0.5, torch.float32)
+    found = ours(tree, parts, seed, window, size**-0.5, torch.float32)
     assert apart(found, twin(tree, parts, seed, window, size**-0.5, torch.float32)) < 1e-5
 
 
