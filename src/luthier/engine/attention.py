@@ -235,14 +235,14 @@ def _tokens_first(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _rows(tensor: Tensor, block: Block) -> Tensor:
     """A view of the block's queries in [1, H, T, ...]: [count, H, length, ...]."""
-    part = tensor[0, :, block.start : block.stop]
-    return part.unflatten(1, (block.count, block.length)).transpose(0, 1)
+    part: Tensor = tensor[0, :, block.start : block.stop].unflatten(1, (block.count, block.length))
+    return part.transpose(0, 1)
 
 
 def _keys(tensor: Tensor, block: Block) -> Tensor:
     """A view of the block's keys in [1, H, T, D]: [count, H, keys, D], or [1, H, keys, D] of keys that all see."""
-    part = tensor[0, :, block.key_start : block.key_stop]
-    return part.unflatten(1, (-1, block.keys)).transpose(0, 1)
+    part: Tensor = tensor[0, :, block.key_start : block.key_stop].unflatten(1, (-1, block.keys))
+    return part.transpose(0, 1)
 
 
 def _seen(tensor: Tensor, block: Block) -> Tensor:
