@@ -234,20 +234,20 @@ def _tokens_first(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rows(tensor: Tensor, block: Block) -> Tensor:
-    """A view of the block's queries in [1, H, T, ...]: [count, H, length, ...]."""
-    part: Tensor = tensor[0, :, block.start : block.stop].unflatten(1, (block.count, block.length))
+    """A view of the block's queries in [1, H, T, ...]: [parts, H, length, ...]."""
+    part: Tensor = tensor[0, :, block.start : block.stop].unflatten(1, (block.parts, block.length))
     return part.transpose(0, 1)
 
 
 def _keys(tensor: Tensor, block: Block) -> Tensor:
-    """A view of the block's keys in [1, H, T, D]: [count, H, keys, D], or [1, H, keys, D] of keys that all see."""
+    """A view of the block's keys in [1, H, T, D]: [parts, H, keys, D], or [1, H, keys, D] of keys that all see."""
     part: Tensor = tensor[0, :, block.key_start : block.key_stop].unflatten(1, (-1, block.keys))
     return part.transpose(0, 1)
 
 
 def _seen(tensor: Tensor, block: Block) -> Tensor:
     """`_keys`, repeated for all stretches."""
-    return _keys(tensor, block).expand(block.count, -1, -1, -1)
+    return _keys(tensor, block).expand(block.parts, -1, -1, -1)
 
 
 class _ForestAttention(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Which queries of a forest meet which keys, as few blocks that need no mask: what attention.py computes, in its order.
 
 Every segment attends within itself, causally, and an inner segment's keys are seen by all its descendants, which lie
-together in depth-first order. Sliding windows count distances on the path: segments are cut into stretches of at most a
+together in depth-first order. Sliding windows parts distances on the path: segments are cut into stretches of at most a
 window, so most blocks are seen whole or not at all and only those that a window's edge crosses need a mask.
 Pure planning, once a forest and window size; no layer's numbers.
 """
@@ -24,7 +24,7 @@ LEAST = 128
 
 
 class Block(NamedTuple):
-    """`count` stretches of `length` queries, one after another from `start`, each against `keys` keys. Stretch i's keys
+    """`parts` stretches of `length` queries, one after another from `start`, each against `keys` keys. Stretch i's keys
     begin at key_start + i * key_step, where key_step is 0 or `keys`.
 
     Query row r sees key column j where j <= r, if `causal`, and where j >= r + low + i * low_step, if `low` is given.
@@ -36,24 +36,24 @@ class Block(NamedTuple):
     keys: int
     causal: bool = False
     low: int | None = None
-    count: int = 1
+    parts: int = 1
     key_step: int = 0
     low_step: int = 0
 
     @property
     def stop(self) -> int:
-        return self.start + self.count * self.length
+        return self.start + self.parts * self.length
 
     @property
     def key_stop(self) -> int:
-        return self.key_start + (self.count - 1) * self.key_step + self.keys
+        return self.key_start + (self.parts - 1) * self.key_step + self.keys
 
     def mask(self) -> Tensor | None:
-        """Float32 [count or 1, 1, length, keys], 0 where a query sees a key and else -inf; None where `causal` alone
+        """Float32 [parts or 1, 1, length, keys], 0 where a query sees a key and else -inf; None where `causal` alone
         says it."""
         if self.low is None:
             return None
-        lows = torch.arange(self.count if self.low_step else 1) * self.low_step + self.low
+        lows = torch.arange(self.parts if self.low_step else 1) * self.low_step + self.low
         distance = torch.arange(self.keys) - torch.arange(self.length)[:, None]
         hidden = distance < lows[:, None, None]
         if self.causal:
@@ -144,16 +144,16 @@ def _joined(block: Block, other: Block) -> Block | None:
     shape = (block.length, block.keys, block.causal, block.low)
     if shape != (other.length, other.keys, other.causal, other.low) or other.start != block.stop:
         return None
-    step = other.key_start - (block.key_start + (block.count - 1) * block.key_step)
-    if step not in (0, block.keys) or (block.count > 1 and step != block.key_step):
+    step = other.key_start - (block.key_start + (block.parts - 1) * block.key_step)
+    if step not in (0, block.keys) or (block.parts > 1 and step != block.key_step):
         return None
-    return block._replace(count=block.count + 1, key_step=step)
+    return block._replace(parts=block.parts + 1, key_step=step)
 
 
 def _halved(block: Block) -> Iterator[Block]:
     """A large block that stands alone as two of one size, and what that leaves over."""
-    start, length, key_start, keys, causal, low, count = block[:7]
-    if count > 1 or length < 4 or length * keys < HALVED or (causal and low is not None):
+    start, length, key_start, keys, causal, low, parts = block[:7]
+    if parts > 1 or length < 4 or length * keys < HALVED or (causal and low is not None):
         yield block
         return
     half = length // 4 * 2 if causal else length // 2
