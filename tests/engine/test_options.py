@@ -100,6 +100,20 @@ TABLE: dict[str, tuple[dict[str, Any], Look]] = {
         {"validation": "0.2"},
         lambda run, _: is_true(json.loads(run.report.read_text())["base"]["rows"] == 2),
     ),
+    "metric": (
+        {"metric": "text", "validation": "0.2"},
+        lambda run, _: is_true(json.loads(run.report.read_text())["proof"]["metric"] == "text"),
+    ),
+    "proof_rows": (
+        {"proof_rows": 1, "validation": "0.2"},
+        lambda run, _: is_true(len(json.loads(run.report.read_text())["proof"]["rows"]) == 1),
+    ),
+    "proof_examples": (
+        {"proof_examples": 0, "validation": "0.2"},
+        lambda run, _: is_true(
+            [way["name"] for way in json.loads(run.report.read_text())["proof"]["ways"]] == ["base", "tuned"]
+        ),
+    ),
     "continue_from": (
         {"continue_from": "PARENT"},
         lambda run, plain: is_true(losses(run)[0] < losses(plain)[0] and weights(run).keys() == weights(plain).keys()),

@@ -26,6 +26,7 @@ from luthier.cli.fix import fix
 from luthier.cli.mix import mix
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
 from luthier.cli.prepare import prepare
+from luthier.cli.report import report
 from luthier.cli.serve import serve, worker
 from luthier.cli.split import split
 from luthier.cli.train import train
@@ -45,6 +46,7 @@ app.command()(train)
 app.command()(estimate)
 app.command()(chat)
 app.command()(evaluate)
+app.command()(report)
 app.command()(data.tokenize)
 data.app.command("check")(check)
 data.app.command("fix")(fix)

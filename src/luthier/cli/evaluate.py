@@ -76,8 +76,7 @@ def evaluate(
     from luthier.data.render import Renderer
     from luthier.engine import evaluate as room
     from luthier.engine.generate import BATCH_SIZE
-    from luthier.engine.prove import Plan
-    from luthier.settings import load_settings
+    from luthier.engine.prove import Plan, memory_folder
 
     notes: list[str] = []
     with waiting() as progress:
@@ -86,7 +85,7 @@ def evaluate(
             Renderer.load(loaded.folder, template),
             examples,
             compare=compare,
-            plan=Plan(chosen, examples=shown, seed=seed, memory=load_settings().cache_dir / "answers"),
+            plan=Plan(chosen, examples=shown, seed=seed, memory=memory_folder()),
             known=known,
             max_tokens=max_tokens,
             batch_size=batch_size or BATCH_SIZE,

@@ -27,6 +27,7 @@ SMOOTHING = 0.8
 MOST_POINTS = 4_000  # of the curve; every other one is let go beyond that
 REFRESH = 0.25  # seconds
 WORTH_SAYING = 1.05  # tree ratio: less is no news
+WORDS = {"validate": "validating", "save": "saving", "prove": "proving"}  # phases beside the steps
 RATE_STEPS = 10  # tokens/s are those of the last steps
 
 
@@ -226,8 +227,8 @@ class _Screen:
         step, steps = int(account.step["step"]), int(account.step["steps"])
         words = f"step {step:,} of {steps:,}"
         after = f"{step / max(1, steps):4.0%}"
-        if account.phase in ("validate", "save") and not account.ended:
-            after += "  validating" if account.phase == "validate" else "  saving"
+        if account.phase in WORDS and not account.ended:
+            after += f"  {WORDS[account.phase]}"
             if account.bar:
                 after += f" {account.bar[0] / max(1, account.bar[1]):.0%}"
         elif account.ended:
@@ -370,6 +371,10 @@ def summary(report: dict[str, Any], model: str) -> list[tuple[str, str]]:
             if tuned.get(key) is not None:
                 before = f"{number((base or {}).get(key), form)} (base) -> " if base else ""
                 lines.append((label, f"{before}{number(tuned[key], form)} (tuned)"))
+    if proof := report.get("proof"):
+        lines.append(("did it help", proof["sentence"]))
+    elif report.get("proof_note"):
+        lines.append(("did it help", report["proof_note"]))
     tokens = f"{report['trained_tokens']:,} trained on, {report['supervised_tokens']:,} of them learnt"
     lines.append(("tokens", tokens))
     if (report.get("tree_ratio") or 0) >= WORTH_SAYING:

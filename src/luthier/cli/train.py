@@ -34,6 +34,7 @@ from luthier.spec.run import RunFolder
 
 PANELS = {
     "What": ("model", "data", "validation", "template", "recipe", "continue_from"),
+    "Proof": ("metric", "proof_rows", "proof_examples"),
     "Adapter": ("method", "rank", "alpha", "dropout", "target_modules"),
     "Rows": ("max_length", "overlong", "micro_tokens", "prompt_loss_weight"),
     "Run": ("seed", "precision", "checkpoint_every", "validate_every", "publish_checkpoints"),
@@ -309,7 +310,16 @@ def _print_summary(run: RunFolder, event: dict[str, Any]) -> None:
         ("talk to it", typed("luthier", "chat", path)),
         ("measure it", f"{typed('luthier', 'evaluate', path)} --data FILE"),
     ]
+    if event["report"].get("proof"):
+        lines.append(("the whole report", f"{typed('luthier', 'report', path)}, or {short(run.page)}"))
     out = console()
+    if event["report"].get("proof"):
+        from luthier.cli.proof import show_proof
+        from luthier.cli.report import read_report
+
+        proof = read_report(run).proof  # with its rows, which the event leaves out
+        if proof is not None:
+            show_proof(proof)
     if not sys.stdout.isatty():
         for label, value in lines:
             print(f"{label + ':':17}{visible(value)}")

@@ -32,7 +32,7 @@ class Rows:
     def __init__(self) -> None:
         self._ids: list[npt.NDArray[np.int32]] = []
         self._weights: list[npt.NDArray[np.float32]] = []
-        self.sources: list[int] = []
+        self.places: list[tuple[int, int]] = []  # (which file, which record of it)
         self.keys: list[bytes] = []
         self.tokens = 0
         self.supervised = 0
@@ -48,17 +48,25 @@ class Rows:
     def __iter__(self) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
         return zip(self._ids, self._weights, strict=True)
 
-    def add(self, ids: Sequence[int], weights: Sequence[float], source: int, key: bytes) -> None:
+    def add(self, ids: Sequence[int], weights: Sequence[float], source: int, key: bytes, file: int = 0) -> None:
+        """`source`: number of the record in its file; `file`: number of the file among those that are read."""
         row_ids, row_weights = np.asarray(ids, dtype=np.int32), np.asarray(weights, dtype=np.float32)
-        self._add(row_ids, row_weights, source, key)
+        self._add(row_ids, row_weights, (file, source), key)
 
-    def _add(self, ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32], source: int, key: bytes) -> None:
+    def _add(
+        self, ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32], place: tuple[int, int], key: bytes
+    ) -> None:
         self._ids.append(ids)
         self._weights.append(weights)
-        self.sources.append(source)
+        self.places.append(place)
         self.keys.append(key)
         self.tokens += len(ids)
         self.supervised += int(np.count_nonzero(weights >= 1))
+
+    @property
+    def sources(self) -> list[int]:
+        """The number of each row's record in its file."""
+        return [record for _, record in self.places]
 
     def length(self, index: int) -> int:
         return len(self._ids[index])
@@ -70,7 +78,7 @@ class Rows:
         chosen = Rows()
         chosen.text, chosen.pairs = self.text, self.pairs
         for index in indices:
-            chosen._add(self._ids[index], self._weights[index], self.sources[index], self.keys[index])
+            chosen._add(self._ids[index], self._weights[index], self.places[index], self.keys[index])
         return chosen
 
     def answers(self) -> Rows:
@@ -211,7 +219,7 @@ def _fit(row: Rendered, key: bytes, prepared: Prepared, max_length: int, overlon
         prepared.lost_supervised += row.supervised - learnt
         row = Rendered(row.ids[:max_length], kept, row.source, row.line)
     if row.supervised:
-        prepared.rows.add(row.ids, row.weights, row.source, key)
+        prepared.rows.add(row.ids, row.weights, row.source, key, len(prepared.files) - 1)
 
 
 def windows(row: Rendered, max_length: int) -> list[Rendered]:

@@ -26,6 +26,7 @@ from luthier.engine.forest import Row
 from luthier.proof import choose, classes, judge
 from luthier.proof.metrics import Metric, Scored, mean
 from luthier.proof.neighbours import Neighbours, cut, with_examples
+from luthier.settings import load_settings
 from luthier.spec.data import Chat, Completion, Example, Text
 from luthier.spec.errors import LuthierError
 from luthier.spec.proof import EXAMPLES, Proof, ProofRow, WayName
@@ -353,6 +354,11 @@ def _base_folder(loaded: models.Loaded, tell: Tell) -> tuple[Path, str] | None:
         tell(f"{found} is no longer the base that {loaded.name} was tuned from, so there is none to compare with.")
         return None
     return found, wanted.hash
+
+
+def memory_folder() -> Path:
+    """Where answers are remembered, for all runs."""
+    return load_settings().cache_dir / "answers"
 
 
 def weights_hash(folder: Path) -> str:

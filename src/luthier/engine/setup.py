@@ -34,6 +34,7 @@ from luthier.spec.job import (
     auto_epochs,
     auto_learning_rate,
     auto_max_length,
+    auto_validation_share,
     validation_share,
 )
 from luthier.spec.run import RunFolder, write_json
@@ -231,6 +232,8 @@ def _read_data(
     _tell_warnings(prepared, emit)
     share = validation_share(request.validation)
     if share is not None:
+        if request.validation == "auto":
+            share = auto_validation_share(len(prepared.rows))
         train, validation = split(prepared.rows, share, seed)
         return prepared, train, validation.answers()
     if request.validation is None:

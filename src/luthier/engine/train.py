@@ -25,13 +25,14 @@ import torch.distributed as dist
 
 from luthier import __version__
 from luthier.engine import checkpoint, forecast, forest, publish
+from luthier.engine.ending import HeldOut, end
 from luthier.engine.machine import peak_memory
 from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals
 from luthier.engine.step import Sums, Tally, forward_backward, measure_rows
 from luthier.spec.errors import Broken, UserError
 from luthier.spec.job import TrainRequest, learning_rate_at
 from luthier.spec.report import Report, Score
-from luthier.spec.run import RunFolder, append_line, write_json, write_whole
+from luthier.spec.run import RunFolder, append_line, write_whole
 
 METRICS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "seconds",
@@ -80,11 +81,15 @@ def train(run: RunFolder, estimate: bool = False) -> None:
             ready.masters.load(found[0], start)
             loop.restore(start, found[1]["progress"])
         loop.go(start)
+        start = loop.step
+        report, held = loop.finish(), HeldOut.of(ready) if rank == 0 else None
+        train_seconds = loop.progress["seconds"]
+        del loop, ready  # the weights that learnt: what is proven is the model that was published
+        if report is not None:
+            end(run, report, held, train_seconds, emit, heed)
     except Stopped as stopped:
         at = stopped.args[0] if stopped.args else start
         emit("stopped", status="stopped", step=at, resume=f"luthier train --resume {run.path}")
-        return
-    loop.finish()
 
 
 class Loop:
@@ -367,15 +372,15 @@ class Loop:
         """Seconds of all attempts, less what was done after the checkpoints that they went on from."""
         return self.before + time.monotonic() - self.begun
 
-    def finish(self) -> None:
-        """Publish the result, after checking it, and the report."""
+    def finish(self) -> Report | None:
+        """Publish the result, after checking it; what was measured, of the rank that writes."""
         if self.rank:
-            return
+            return None
         progress = self.progress
         self.emit("phase", name="save", message="Checking and saving the result")
         for note in self._publish(self.run.model):
             self.emit("warning", message=note, hint="")
-        report = Report(
+        return Report(
             base=Score(**progress["base"]) if progress["base"] else None,
             tuned=Score(**progress["last"]) if progress["last"] else None,
             steps=self.step,
@@ -393,8 +398,6 @@ class Loop:
             weights_changed=True,
             forecast=forecast.told(self.run),
         )
-        write_json(self.run.report, report.model_dump())
-        self.emit("finished", status="succeeded", model=str(self.run.model), report=report.model_dump())
 
 
 def _join() -> tuple[int, int]:

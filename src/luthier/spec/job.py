@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from luthier.spec.errors import BadSetting
+from luthier.spec.proof import CHOSEN_METRICS, EXAMPLES
 
 Auto = Literal["auto"]
 Method = str  # lora | rslora | dora | pissa | full | freeze:N
@@ -20,6 +21,7 @@ Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
 AUTO_TEMPLATE = "auto"  # of `template`: the model's own, or another where the own one cannot say the data's tools
+AUTO_SHARE, MOST_HELD_OUT = 0.1, 500  # of `validation: auto`
 METHODS = ("lora", "rslora", "dora", "pissa", "full", "freeze:N")
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -33,7 +35,20 @@ class TrainRequest(BaseModel):
     model: str = Field(description="Base model: a catalogue name, a local folder, or a Hub id.")
     data: list[str] = Field(min_length=1, description="Training file(s).")
     validation: str | None = Field(
-        default=None, description="Held-out file, or the share of distinct prompts to hold out (0.1)."
+        default=None,
+        description="Held-out file, or the share of distinct prompts to hold out (0.1), or auto: a tenth, at most 500 "
+        "rows.",
+    )
+    metric: str = Field(
+        default="auto", description=f"How held-out answers are scored: auto, {', '.join(CHOSEN_METRICS)}."
+    )
+    proof_rows: Annotated[int, Field(ge=0)] | Auto = Field(
+        default="auto",
+        description="Held-out rows that base and result answer at the end; auto: as many as a third of the training "
+        "time allows; 0: no proof.",
+    )
+    proof_examples: Annotated[int, Field(ge=0)] = Field(
+        default=EXAMPLES, description="Training rows in the prompt when the base is asked with examples; 0: not asked."
     )
     continue_from: str | None = Field(
         default=None, description="Go on from this tuned model's weights: a run, an adapter or a full model of --model."
@@ -108,6 +123,13 @@ class TrainRequest(BaseModel):
             raise ValueError("a share to hold out lies between 0 and 1")
         return value
 
+    @field_validator("metric")
+    @classmethod
+    def _metric(cls, value: str) -> str:
+        if value in ("auto", *CHOSEN_METRICS):
+            return value
+        raise ValueError(f"wanted auto, {', '.join(CHOSEN_METRICS)}")
+
     @model_validator(mode="after")
     def _neighbours(self) -> TrainRequest:
         lora_only = {"rank", "alpha", "dropout", "target_modules"} & self.model_fields_set
@@ -170,11 +192,18 @@ def make_request(values: dict[str, Any]) -> TrainRequest:
 
 
 def validation_share(value: str | None) -> float | None:
-    """The share when `validation` is a number such as "0.1"; None when it names a file or is absent."""
+    """The share when `validation` is a number such as "0.1" or `auto`; None when it names a file or is absent."""
+    if value == "auto":
+        return AUTO_SHARE
     try:
         return float(value) if value is not None else None
     except ValueError:
         return None
+
+
+def auto_validation_share(rows: int) -> float:
+    """A tenth, but about 500 rows at most: the 95% interval of a share of them is at most 9 points wide."""
+    return min(AUTO_SHARE, MOST_HELD_OUT / max(1, rows))
 
 
 def auto_epochs(rows: int, text: bool = False) -> int:

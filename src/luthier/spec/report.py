@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from luthier.spec.forecast import Forecast
@@ -51,4 +53,9 @@ class Report(BaseModel):
     peak_memory_bytes: int | None = None
     weights_changed: bool | None = Field(default=None, description="Checked against the start before publishing.")
     proof: Proof | None = Field(default=None, description="Whether it helped, by what the models answered.")
+    proof_note: str | None = Field(default=None, description="Why there is no proof, when there should be one.")
     forecast: Forecast | None = Field(default=None, description="What was foretold before the first step.")
+
+    def told(self) -> dict[str, Any]:
+        """As the last event of a run tells it: without the rows of the proof, which may be long."""
+        return self.model_dump(exclude={"proof": {"rows"}})

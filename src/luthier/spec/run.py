@@ -9,6 +9,7 @@
       published/        step-00000012/ ...: checkpoints as models that can be used, when asked for
       model/            the result: adapter or full model, tokenizer, template, generation_config
       report.json       what was measured
+      report.html       the same as a page
       engine.log        what the engine process printed
       stop              the stop note: the engine checkpoints and leaves when it sees it
       lock              held (flock) by the engine that owns the run
@@ -34,7 +35,7 @@ from luthier.spec.errors import NotFound, NotNow
 # Events, in the order a run emits them; the value says which keys each carries beside `time` and `type`.
 EVENTS: dict[str, str] = {
     "started": "pid, run, version, resumed_from (step or null)",
-    "phase": "name (load | data | plan | forecast | train | validate | save), message",
+    "phase": "name (load | data | plan | forecast | train | validate | save | prove), message",
     "progress": "name, done, total: long work that is not a training step",
     "prepared": "rows, train_rows, validation_rows, tokens, supervised_tokens, physical_tokens, tree_ratio, "
     "dropped, truncated, steps, settings (the resolved ones)",
@@ -46,7 +47,8 @@ EVENTS: dict[str, str] = {
     "validation": "step, epoch, loss, token_accuracy, sequence_accuracy, supervised_tokens, "
     "classification (name: number or null; null when it was not asked for)",
     "checkpoint": "step, path, best (bool), published (a servable folder, or null)",
-    "finished": "status (succeeded; or estimated: nothing was asked for but the forecast), model, report",
+    "finished": "status (succeeded; or estimated: nothing was asked for but the forecast), model, report (without the "
+    "rows of its proof)",
     "stopped": "status (stopped), step, resume (the command that goes on)",
     "failed": "status (failed), code, message, hint, param, problems",
 }
@@ -133,6 +135,7 @@ class RunFolder:
         self.published = self.path / "published"
         self.model = self.path / "model"
         self.report = self.path / "report.json"
+        self.page = self.path / "report.html"
         self.log = self.path / "engine.log"
         self.stop_note = self.path / "stop"
         self.lock_file = self.path / "lock"
@@ -195,6 +198,7 @@ class RunFolder:
                 self.events_file,
                 self.metrics,
                 self.report,
+                self.page,
                 self.log,
                 self.stop_note,
             ):
