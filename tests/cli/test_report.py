@@ -1,0 +1,81 @@
+"""`luthier report`: the table, the page and JSON of a real run; what a run without a report is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from luthier.cli import main
+from luthier.spec.report import Report
+from luthier.spec.run import RunFolder
+from tests.engine.runs import lay_out, train, write
+
+Said = tuple[int, str, str]
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def invoke(*arguments: str | Path) -> Said:
+        with pytest.raises(SystemExit) as left:
+            main(["report", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> RunFolder:
+    folder = tmp_path_factory.mktemp("report")
+    rows = [{"prompt": f"is {n} odd? <b>", "completion": (" yes", " no")[n % 2]} for n in range(30)]
+    data = write(folder / "data.jsonl", rows)
+    return train(folder / "run", tiny, data, epochs=1, validation="0.3", proof_rows=9)
+
+
+def test_the_table_has_the_three_ways_and_the_verdict(run: Run, finished: RunFolder) -> None:
+    code, out, _ = run(finished.path)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["base", "base", "+", "examples", "tuned"] in lines
+    assert "rows)." in out
+    proof = Report.model_validate_json(finished.report.read_text()).proof
+    assert proof is not None
+    assert ["passed", *" ".join(f"{way.passed} of 9" for way in proof.ways).split()] in lines
+    assert proof.sentence in out
+
+
+def test_json_is_the_whole_report(run: Run, finished: RunFolder) -> None:
+    code, out, _ = run(finished.path, "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(finished.report.read_text())
+    assert len(json.loads(out)["proof"]["rows"]) == 9
+
+
+def test_the_page_is_written_anew_and_escaped(run: Run, finished: RunFolder) -> None:
+    before = finished.page.read_text()
+    finished.page.unlink()
+    code, out, _ = run(finished.path, "--html")
+    assert (code, out.strip()) == (0, str(finished.page))
+    assert finished.page.read_text() == before
+    assert "odd? <b>" not in before
+    assert "odd? &lt;b&gt;" in before
+
+
+def test_what_cannot_be_shown_is_told(run: Run, tmp_path: Path, tiny: Path, finished: RunFolder) -> None:
+    code, _, err = run(tmp_path)
+    assert code == 2 and "is not a run folder" in err
+    data = write(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}])
+    begun = lay_out(tmp_path / "begun", tiny, data)
+    code, _, err = run(begun.path)
+    assert code == 2 and "has no report yet" in err and "--resume" in err
+    begun.report.write_text("{")
+    code, _, err = run(begun.path)
+    assert code == 1 and "cannot be read" in err
+    code, out, _ = run(finished.path, "--json", "--html")
+    assert code == 2 and "one of the two" in out
