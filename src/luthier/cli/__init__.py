@@ -23,6 +23,7 @@ from luthier.cli.convert import convert
 from luthier.cli.estimate import estimate
 from luthier.cli.evaluate import evaluate
 from luthier.cli.fix import fix
+from luthier.cli.forgetting import forgetting
 from luthier.cli.mix import mix
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
 from luthier.cli.prepare import prepare
@@ -47,6 +48,7 @@ app.command()(estimate)
 app.command()(chat)
 app.command()(evaluate)
 app.command()(report)
+app.command()(forgetting)
 app.command()(data.tokenize)
 data.app.command("check")(check)
 data.app.command("fix")(fix)
