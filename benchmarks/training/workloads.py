@@ -61,7 +61,7 @@ class Workload:
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
-        Case("S1", "chat, one system prompt of 1,000 tokens, then 80 + 120", "shared"),
+        Case("S1", "chat, one system prompt of 1,000 tokens, then 80 + 120", "shared", gate_steps=1),
         Case("S2", "chats of three turns that share nothing", "turns", rows_per_step=8, steps=6, gate_rows=4),
         Case(
             "S3",
@@ -84,7 +84,7 @@ CASES: dict[str, Case] = {
             gate_steps=3,
             rate=2e-5,
         ),
-        Case("G1", "as S1, Gemma 3 270M", "shared", model=GEMMA),
+        Case("G1", "as S1, Gemma 3 270M", "shared", model=GEMMA, gate_steps=1),
     )
 }
 
