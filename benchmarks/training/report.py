@@ -13,6 +13,7 @@ from benchmarks.training import environments, figures, gate, goals, ratios
 from benchmarks.training.figures import Found
 from benchmarks.training.runs import ROOT, Place
 from benchmarks.training.systems import HERE, SYSTEMS
+from benchmarks.training.workloads import CASES
 
 METHOD = f"""\
 Equal work is defined by rows and labels: every trainer gets the same token ids and the same mask, in the same order,
@@ -75,6 +76,7 @@ def page(found: Found) -> str:
         *_machine(found["cases"]),
         "![Logical tokens a second](benchmarks.svg)\n",
         *(_case(case) for case in found["cases"]),
+        *_not_run(found["cases"]),
         "## Goals\n",
         *_goals(found["cases"]),
         "## Method\n",
@@ -203,6 +205,28 @@ def _shares(shares: dict[str, float] | None) -> list[str]:
     if not shares:
         return []
     return ["Where a step of Luthier's goes: " + ", ".join(f"{what} {share:.0%}" for what, share in shares.items()), ""]
+
+
+def _not_run(cases: list[Found]) -> list[str]:
+    """Who has no time on which case, other than those that the gate turned away: nothing is left out in silence."""
+    shown = {case["case"]: {line["system"] for line in case["systems"] if _decided(line)} for case in cases}
+    said = []
+    for case in CASES.values():
+        missing = [
+            system.title
+            for name, system in SYSTEMS.items()
+            if system.fits(case) and name not in shown.get(case.name, ())
+        ]
+        if missing:
+            said.append(f"* {case.name}: {'nobody was run' if case.name not in shown else '; '.join(missing)}.")
+        unfit = [system.title for system in SYSTEMS.values() if not system.fits(case)]
+        if unfit:
+            said.append(f"* {case.name} is nothing that the benchmark's driver of {' and '.join(unfit)} can train.")
+    return ["## Not run\n", *said, ""] if said else []
+
+
+def _decided(line: Found) -> bool:
+    return "seconds_per_step" in line or not line["gate"]["passed"]
 
 
 def _goals(cases: list[Found]) -> list[str]:

@@ -109,6 +109,14 @@ def test_the_page_shows_no_time_of_who_failed(place: runs.Place, smollm2: Path) 
     assert "| flat loop tuned by hand | 3.50x (3.00 to 4.00) | 7.00 | 2743 | 274 |" in page
 
 
+def test_the_page_names_who_was_not_run(place: runs.Place, smollm2: Path) -> None:
+    page = report.page(figures.of_series(place, "a"))
+    others = "TRL 1.16; Trainer + PEFT, tuned; LLaMA-Factory 0.9.5, tuned; LLaMA-Factory 0.9.5; torchtune 0.6.1, tuned"
+    assert f"* S1: {others}." in page
+    assert "* G1: nobody was run." in page
+    assert "* G1 is nothing that the benchmark's driver of torchtune 0.6.1, tuned can train." in page
+
+
 def test_a_system_that_was_never_at_the_gate_is_not_shown(place: runs.Place, smollm2: Path) -> None:
     write(stages.series_folder(place, "a", CASES["S1"]) / "round-1" / "trl" / "result.json", result(1.0))
     found = figures.of_case(place, "a", CASES["S1"])
