@@ -36,6 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12, help="of the stage target")
     parser.add_argument("--without", type=words, default=list(ladder.RUNGS), help="rungs of the stage ladder")
     parser.add_argument("--series", default="", help="name of the times taken; default: after the engine's sources")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="of the report; cpu on a busy machine")
     parser.add_argument("--folder", type=Path, default=runs.ROOT / ".bench", help="where runs are kept")
     parser.add_argument("--launcher", default="", help="a command to start every run through, such as taskset -c 0,1")
     options = parser.parse_args()
@@ -76,7 +77,7 @@ def main() -> None:
         if "profile" in walked:
             stages.dissect(place, case, series)
     if not options.stage or "report" in options.stage:
-        report.write(place, series, runs.ROOT / "docs")
+        report.write(place, series, runs.ROOT / "docs", options.clock)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ CEILINGS = ("bfloat16", "float32", "gigabytes")  # GFLOP/s, GFLOP/s, GB/s
 MACHINE = ("processor", "capability", "cores", "memory_bytes", "torch", "threads")
 
 
-def of_series(place: Place, series: str) -> Found:
+def of_series(place: Place, series: str, clock: str = "wall") -> Found:
     """All cases of a series that have times, and what they were taken on."""
-    cases = [of_case(place, series, case) for case in CASES.values()]
-    return {"series": series, "date": runs.now(), "cases": [found for found in cases if found]}
+    cases = [of_case(place, series, case, clock) for case in CASES.values()]
+    return {"series": series, "date": runs.now(), "clock": clock, "cases": [found for found in cases if found]}
 
 
-def of_case(place: Place, series: str, case: Case) -> Found | None:
+def of_case(place: Place, series: str, case: Case, clock: str = "wall") -> Found | None:
     """Figures of a case; None when it has no round. A system that failed the gate has failures and no times."""
     folder = stages.series_folder(place, series, case)
     rounds = sorted(folder.glob("round-*"), key=lambda path: int(path.name.partition("-")[2]))
@@ -38,7 +38,7 @@ def of_case(place: Place, series: str, case: Case) -> Found | None:
     work = _Work(place, case)
     ceilings = [found for path in rounds if (found := runs.load(path / "ceiling" / "result.json"))]
     peak = statistics.median(found["bfloat16"] for found in ceilings) if ceilings else None
-    times = {name: _times(rounds, name) for name in SYSTEMS}
+    times = {name: _times(rounds, name, clock) for name in SYSTEMS}
     lines = [_line(place, case, system, times, work, peak) for system in SYSTEMS.values() if system.fits(case)]
     return {
         "case": case.name,
@@ -55,7 +55,7 @@ def of_case(place: Place, series: str, case: Case) -> Found | None:
         "load": [round(found["load"], 1) for found in ceilings if "load" in found],
         "systems": [line for line in lines if line],
         "target": [curve for line in lines if line if (curve := _target(place, case, line))],
-        "ladder": _ladder(folder),
+        "ladder": _ladder(folder, clock),
         "shares": (runs.load(folder / "profile" / "result.json") or {}).get("shares"),
     }
 
@@ -72,15 +72,23 @@ class _Work:
         self.physical = flops.step(model, self.shared, case.full)
 
 
-def _times(rounds: Sequence[Path], name: str) -> dict[int, tuple[float, str, Found]]:
-    """By round: seconds of a step, where from, and the result."""
+def _times(rounds: Sequence[Path], name: str, clock: str) -> dict[int, tuple[float, str, Found]]:
+    """By round: seconds of a step by the clock, where from, and the result."""
     found = {}
     for number, path in enumerate(rounds):
         result = runs.load(path / name / "result.json")
         if result is not None and (result["step_seconds"] or result["unfinished"]):
-            step, how = ratios.step_time(result["step_seconds"], result["unfinished"])
+            step, how = ratios.step_time(*by_clock(result, clock))
             found[number] = step, how, result
     return found
+
+
+def by_clock(result: Found, clock: str) -> tuple[list[float], list[float] | None]:
+    """The times of a result by the clock on the wall, or (clock "cpu") CPU seconds of all threads together."""
+    if clock == "wall":
+        return result["step_seconds"], result["unfinished"]
+    parts = result["unfinished"]
+    return result["step_cpu_seconds"], [*parts[:2], parts[3]] if parts else None
 
 
 def _line(
@@ -153,14 +161,14 @@ def to_reach(line: Found, target: float) -> float | None:
     return None
 
 
-def _ladder(folder: Path) -> list[Found]:
+def _ladder(folder: Path, clock: str) -> list[Found]:
     """For each rung the ratio of its time to that of the whole engine."""
     rounds = sorted((folder / "ladder").glob("round-*"))
     names = sorted({path.name for one in rounds for path in one.iterdir()} - {"all"})
     lines = []
-    whole = _times(rounds, "all")
+    whole = _times(rounds, "all", clock)
     for name in names:
-        times = _times(rounds, name)
+        times = _times(rounds, name, clock)
         both = sorted(set(times) & set(whole))
         if both:
             ratio = ratios.ratio([times[n][0] for n in both], [whole[n][0] for n in both])

@@ -55,14 +55,14 @@ def step_time(seconds: Sequence[float], unfinished: Sequence[float] | None) -> t
 
     The median of the steps after the first, which warms up; the first if there is no other; and if not even that was
     finished when the run's seconds were spent, its finished micro-batches, scaled to all tokens of a step: `unfinished`
-    holds (tokens computed, tokens of the step, seconds).
+    holds (tokens computed, tokens of the step, seconds, ...).
     """
     if len(seconds) > 1:
         return statistics.median(seconds[1:]), f"median of {len(seconds) - 1} steps after the first"
     if seconds:
         return seconds[0], "its first step"
     if unfinished:
-        tokens, whole, spent = unfinished
+        tokens, whole, spent = unfinished[:3]
         return spent * whole / tokens, f"{tokens:,.0f} of a step's {whole:,.0f} tokens, scaled"
     raise ValueError("the run finished not even a micro-batch")
 

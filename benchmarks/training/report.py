@@ -41,6 +41,11 @@ micro-batches after the first, scaled by tokens; the update, which is small besi
 **Time to a loss.** The held-out loss by step comes from a run of its own, measured by one float32 model for everybody;
 steps become seconds by the pace of the rounds. All learn at the same rate from the same start, rows in the same order.
 """
+SHARED = """\
+**Others used the machine during these rounds.** So every second below is one of CPU time (all threads of the process
+together) and not of the clock on the wall: waiting for a core does not count, but cold caches and a busy memory do.
+On idle cores the ratios may differ. Cold starts are by the clock on the wall and tell little here.
+"""
 HEAD = (
     "",
     "slower than Luthier",
@@ -55,9 +60,9 @@ HEAD = (
 )
 
 
-def write(place: Place, series: str, docs: Path) -> None:
+def write(place: Place, series: str, docs: Path, clock: str = "wall") -> None:
     """Write benchmarks.md, benchmarks.json and benchmarks.svg into `docs`. Raises SystemExit when nothing was timed."""
-    found = figures.of_series(place, series)
+    found = figures.of_series(place, series, clock)
     if not found["cases"]:
         raise SystemExit(f"The series {series} has no times yet.")
     note = docs / "benchmarks.json"
@@ -74,6 +79,7 @@ def page(found: Found) -> str:
         "# Training beside other trainers\n",
         f"Made by `make bench` on {found['date']} (UTC); do not edit. Series `{found['series']}`.\n",
         *_machine(found["cases"]),
+        *([SHARED] if found["clock"] == "cpu" else []),
         "![Logical tokens a second](benchmarks.svg)\n",
         *(_case(case) for case in found["cases"]),
         *_not_run(found["cases"]),
@@ -257,7 +263,7 @@ def _tuning(found: Found) -> str:
                     for micro, taken in line["sweep"]["seconds"].items()
                 )
                 lines.append(
-                    f"  * {case}: seconds a row with a micro-batch of {tried}; taken {line['sweep']['best']} "
+                    f"  * {case}: CPU seconds a row with a micro-batch of {tried}; taken {line['sweep']['best']} "
                     f"({line['sweep']['threads']} threads)."
                 )
     return "\n".join(lines) + "\n"

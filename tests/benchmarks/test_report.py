@@ -30,6 +30,7 @@ def write(path: Path, value: object) -> None:
 def result(step: float, **more: object) -> dict[str, object]:
     return {
         "step_seconds": [9.0, step],
+        "step_cpu_seconds": [18.0, 2 * step],
         "unfinished": None,
         "rows_per_step": 16,
         "peak_bytes": 2e9,
@@ -53,9 +54,9 @@ def place(tmp_path: Path) -> runs.Place:
         write(folder / "ceiling" / "result.json", ceiling)
         write(folder / "luthier" / "result.json", result(2.0, physical_tokens=4800))
         write(folder / "flat" / "result.json", result(flat))
-        write(folder / "trl-tuned" / "result.json", result(0, step_seconds=[], unfinished=[4800, 19200, 10.0]))
-    for micro, seconds in ((1, 32.0), (2, 24.0)):
-        tried = result(0, step_seconds=[seconds], rows_per_step=4, threads=2)
+        write(folder / "trl-tuned" / "result.json", result(0, step_seconds=[], unfinished=[4800, 19200, 10.0, 15.0]))
+    for micro, seconds in ((1, 32.0), (4, 24.0)):
+        tried = result(0, step_cpu_seconds=[seconds], rows_per_step=4, threads=2)
         write(sweep.folder(place, case, SYSTEMS["flat"], micro) / "result.json", tried)
     losses = {"0": 4.0, "2": 3.0}
     write(stages.target_folder(place, case, SYSTEMS["luthier"], 2) / "judged.json", losses)
@@ -94,7 +95,7 @@ def test_seconds_to_a_loss_are_steps_at_the_pace_of_the_rounds(place: runs.Place
 
 def test_the_page_tells_what_was_swept_and_what_was_reached(place: runs.Place, smollm2: Path) -> None:
     page = report.page(figures.of_series(place, "a"))
-    assert "  * S1: seconds a row with a micro-batch of 1 rows 8.00, 2 rows 6.00; taken 2 (2 threads)." in page
+    assert "  * S1: CPU seconds a row with a micro-batch of 1 rows 8.00, 4 rows 6.00; taken 4 (2 threads)." in page
     fastest = "times as fast as flat loop tuned by hand, the fastest timed of torchtune and the flat loop"
     assert f"| S1 | {fastest} | at least 5 | 3.50 | missed | " in page
     assert "| S1 | peak memory, as a share of TRL's, tuned | at most 0.5 | 1.00 | missed |  |" in page
@@ -107,6 +108,15 @@ def test_the_page_shows_no_time_of_who_failed(place: runs.Place, smollm2: Path) 
     assert "* TRL 1.16, tuned: timed by 4,800 of a step's 19,200 tokens, scaled." in page
     assert "Machine: One (AVX512), 2 cores, 24 GB, no GPU used; torch 2.13.0 on 2 threads." in page
     assert "| flat loop tuned by hand | 3.50x (3.00 to 4.00) | 7.00 | 2743 | 274 |" in page
+
+
+def test_on_a_busy_machine_cpu_seconds_count(place: runs.Place, smollm2: Path) -> None:
+    found = figures.of_series(place, "a", "cpu")
+    lines = {line["system"]: line for line in found["cases"][0]["systems"]}
+    assert lines["luthier"]["seconds_per_step"] == 4.0
+    assert lines["trl-tuned"]["seconds_per_step"] == 60.0
+    assert "Others used the machine during these rounds" in report.page(found)
+    assert "Others used" not in report.page(figures.of_series(place, "a"))
 
 
 def test_the_page_names_who_was_not_run(place: runs.Place, smollm2: Path) -> None:

@@ -80,10 +80,10 @@ def test_the_first_micro_batch_of_a_step_that_was_broken_off_warms_up(tmp_path: 
     workloads.save(workloads.Workload(rows, rows), tmp_path / "rows.safetensors")
     record = jobs.Record(a_job(tmp_path, rows_per_step=4, steps=1))
     assert record.unfinished() is None
-    record.parts = [(1, 5.0)]
-    assert record.unfinished() == (9, 30, 5.0)
-    record.parts += [(2, 7.0), (3, 8.0)]
-    assert record.unfinished() == (15, 30, 3.0)
+    record.parts = [(1, 5.0, 9.0)]
+    assert record.unfinished() == (9, 30, 5.0, 9.0)
+    record.parts += [(2, 7.0, 12.0), (3, 8.0, 15.0)]
+    assert record.unfinished() == (15, 30, 3.0, 6.0)
 
 
 def test_a_driver_reads_the_rows_of_its_steps(tmp_path: Path) -> None:

@@ -89,21 +89,24 @@ class Record:
     steps: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    parts: list[tuple[int, float]] = field(default_factory=list)  # of the step in progress: (rows, seconds) so far
+    cpu: list[float] = field(default_factory=list)  # seconds of all threads together, by step
+    parts: list[tuple[int, float, float]] = field(default_factory=list)  # of the step in progress: rows, times so far
     peak_bytes: int = 0
     began: float = 0.0
     last: float = 0.0
+    last_cpu: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
 
     def begin(self) -> None:
         self.began = self.last = time.time()
+        self.last_cpu = time.process_time()
 
     def part(self, rows: int) -> None:
         before = self.parts[-1][0] if self.parts else 0
-        self.parts.append((before + rows, time.time() - self.last))
+        self.parts.append((before + rows, time.time() - self.last, time.process_time() - self.last_cpu))
 
-    def unfinished(self) -> tuple[int, int, float] | None:
-        """(tokens computed, tokens of the whole step, seconds) of the step that was broken off.
+    def unfinished(self) -> tuple[int, int, float, float] | None:
+        """(tokens computed, tokens of the whole step, seconds, CPU seconds) of the step that was broken off.
 
         The first micro-batch warms up, so it is left out if there is another.
         """
@@ -111,13 +114,14 @@ class Record:
             return None
         start = len(self.steps) * self.job.rows_per_step
         lengths = [len(ids) for ids, _ in rows(self.job)[start : start + self.job.rows_per_step]]
-        (first, begun), (last, ended) = self.parts[0] if len(self.parts) > 1 else (0, 0.0), self.parts[-1]
-        return sum(lengths[first:last]), sum(lengths), ended - begun
+        first, last = self.parts[0] if len(self.parts) > 1 else (0, 0.0, 0.0), self.parts[-1]
+        return sum(lengths[first[0] : last[0]]), sum(lengths), last[1] - first[1], last[2] - first[2]
 
     def step_done(self) -> None:
-        now = time.time()
+        now, cpu = time.time(), time.process_time()
         self.steps.append(now - self.last)
-        self.last, self.parts = now, []
+        self.cpu.append(cpu - self.last_cpu)
+        self.last, self.last_cpu, self.parts = now, cpu, []
         self.peak_bytes = peak()
 
     @property
@@ -138,7 +142,7 @@ class Record:
         import torch
         from safetensors.torch import save_file
 
-        begun = time.time()
+        begun, begun_cpu = time.time(), time.process_time()
         some = slice(FULL_ROWS if self.job.full and name == "gradients" else None)
         tensors = {
             plain_name(key): value.detach().float()[some].clone().contiguous()
@@ -147,6 +151,7 @@ class Record:
         }
         save_file(tensors, Path(self.job.out) / f"{name}.safetensors")
         self.last += time.time() - begun
+        self.last_cpu += time.process_time() - begun_cpu
 
     def finish(self) -> None:
         """Write result.json; it appears whole or not at all."""
@@ -156,6 +161,7 @@ class Record:
             threads = torch.get_num_threads()
         result = {
             "step_seconds": self.steps,
+            "step_cpu_seconds": self.cpu,
             "losses": self.losses,
             "norms": self.norms,
             "unfinished": self.unfinished(),
