@@ -38,6 +38,8 @@ def of_case(place: Place, series: str, case: Case, clock: str = "wall") -> Found
     work = _Work(place, case)
     ceilings = [found for path in rounds if (found := runs.load(path / "ceiling" / "result.json"))]
     peak = statistics.median(found["bfloat16"] for found in ceilings) if ceilings else None
+    if peak and clock == "cpu":
+        peak /= ceilings[0]["threads"]
     times = {name: _times(rounds, name, clock) for name in SYSTEMS}
     lines = [_line(place, case, system, times, work, peak) for system in SYSTEMS.values() if system.fits(case)]
     return {

@@ -22,7 +22,9 @@ LARGE_VOCABULARY = (1, 2)  # Gemma's logits of more long rows do not fit beside 
 
 @dataclass(frozen=True)
 class Tried:
-    """CPU seconds of a row by micro-batch, which tell more than the wall's on a busy machine; None where the process did not end well. `threads` that it ran on."""
+    """CPU seconds of a row by micro-batch (those of the wall tell less on a busy machine); None where the process did
+    not end well. `threads` that it ran on.
+    """
 
     seconds: dict[int, float | None]
     threads: int | None

@@ -54,7 +54,10 @@ def place(tmp_path: Path) -> runs.Place:
         write(folder / "ceiling" / "result.json", ceiling)
         write(folder / "luthier" / "result.json", result(2.0, physical_tokens=4800))
         write(folder / "flat" / "result.json", result(flat))
-        write(folder / "trl-tuned" / "result.json", result(0, step_seconds=[], unfinished=[4800, 19200, 10.0, 15.0]))
+        write(
+            folder / "trl-tuned" / "result.json",
+            result(0, step_seconds=[], step_cpu_seconds=[], unfinished=[4800, 19200, 10.0, 15.0]),
+        )
     for micro, seconds in ((1, 32.0), (4, 24.0)):
         tried = result(0, step_cpu_seconds=[seconds], rows_per_step=4, threads=2)
         write(sweep.folder(place, case, SYSTEMS["flat"], micro) / "result.json", tried)
