@@ -69,7 +69,10 @@ def test_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{path}: chat, 4 records" in said
     assert "warning: 1 row: repeats an earlier row (duplicate)" in said
     assert "  row 2: repeats row 1" in said
-    assert f"  mend: luthier data fix {path} --dedupe exact -o {tmp_path / 'a.fixed.jsonl'}" in said
+    out = tmp_path / "a.fixed.jsonl"
+    assert f"  mend: luthier data fix {path} --dedupe exact --drop unreadable -o {out}" in said
+    together = f"luthier data fix {path} --drop unreadable --redact --dedupe exact -o {out}"
+    assert f"all that can be mended at once: {together}" in said
     assert "row 3: messages[1].content: e-mail address bob@..." in said
     assert "bob@firm.org" not in said
     assert "line 4" in said

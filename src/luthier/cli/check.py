@@ -5,6 +5,7 @@ Does not know: how anything is found (the data room).
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,6 +79,7 @@ def check(
             lambda done, total: tell("Checking", done, total),
             max_length=max_length,
             processes=processes,
+            model=_model_words(model, template, max_length),
         )
     if html is not None:
         from luthier.cli.check_html import page
@@ -93,6 +95,12 @@ def check(
         raise typer.Exit(report.exit_code)
 
 
+def _model_words(model: str | None, template: str | None, max_length: int | None) -> str:
+    """The options that name the model again, for the commands that the report proposes."""
+    given = (("--model", model), ("--template", template), ("--max-length", max_length))
+    return " ".join(f"{name} {shlex.quote(str(value))}" for name, value in given if value is not None)
+
+
 def show(report: Report, out: Console) -> None:
     """The report on a terminal: files, findings with the worst first, distributions, the count of findings."""
     from rich.text import Text
@@ -106,6 +114,10 @@ def show(report: Report, out: Console) -> None:
         _finding(finding, out, len(report.statistics["files"]) > 1)
     for problem in [problem for problem in report.problems if problem.severity == "error"][:SHOWN_PROBLEMS]:
         out.print(Text(f"  {visible(str(problem))}", style="red"), soft_wrap=True)
+    for each in report.fixes:
+        out.print(
+            Text.assemble("all that can be mended at once: ", (visible(each["command"]), "green")), soft_wrap=True
+        )
     counts = [sum(finding.severity == level for finding in report.findings) for level in STYLES]
     words = ", ".join(plural(count, level) for count, level in zip(counts, STYLES, strict=True) if count)
     out.print(Text(words or "Nothing to remark.", style="bold"), soft_wrap=True)
@@ -123,7 +135,7 @@ def _finding(finding: Finding, out: Console, several: bool) -> None:
     if not finding.rows:
         for detail in finding.details[:SHOWN]:
             out.print(Text(f"  {visible(detail)}"), soft_wrap=True)
-    elif finding.count > SHOWN:
+    elif finding.count > SHOWN and finding.rows[SHOWN:]:
         more = ", ".join(map(str, finding.rows[SHOWN:]))
         out.print(Text(f"  also {more}" + (", ..." if finding.count > len(finding.rows) else "")), soft_wrap=True)
     if finding.fix:

@@ -45,6 +45,14 @@ def fix(
     add_end_markers: Annotated[
         bool, typer.Option("--add-end-markers", help="End each completion with the file's end marker, or one it lacks.")
     ] = False,
+    apart_from: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--apart-from",
+            metavar="TRAINING",
+            help="Leave out rows whose prompt is in this training file, and rows that are almost in it. Repeatable.",
+        ),
+    ] = None,
     split: Annotated[
         Path | None,
         typer.Option("--split", help="Hold rows out into this validation file, as `luthier data split` does."),
@@ -86,6 +94,7 @@ def fix(
         split,
         0.1 if share is None else share,
         seed or 0,
+        tuple(apart_from or ()),
     )
     if not fixes:
         raise _proposals(file)
@@ -157,7 +166,8 @@ def _say(done: Fixed, fixes: Fixes) -> None:
     table.add_column("fix", overflow="fold")
     table.add_column("rows", justify="right")
     asked = ["duplicate", "near_duplicate"][: {None: 0, "exact": 1, "near": 2}[fixes.dedupe]]
-    for kind in [*asked, *sorted(fixes.drop)]:
+    apart = ["overlap", "near_overlap"] if fixes.apart_from else []
+    for kind in [*asked, *apart, *sorted(fixes.drop)]:
         table.add_row(f"dropped: {kind}", f"{done.dropped.get(kind, 0):,}")
     for change, rows in done.changed.items():
         table.add_row(f"changed: {change}", f"{rows:,}")

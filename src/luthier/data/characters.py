@@ -67,7 +67,8 @@ _WORDS = {
 LANGUAGES = ("", *_WORDS, *(name for name in SCRIPTS[1:] if name != "Latin"), "another in Latin letters")
 _FEWEST_LETTERS = 12
 _FEWEST_WORDS = 3
-_LOOKED_AT = 4000  # characters of a text that tell its language
+_LOOKED_AT = 4000  # characters of a text that tell its script
+_WORDS_WITHIN = 1500  # of them, those whose words tell its language
 
 
 @cache
@@ -136,14 +137,15 @@ def language(text: str) -> int:
 def _latin(text: str) -> int:
     table = _word_table()
     votes = [0] * len(_WORDS)
-    words = text.lower().split()
+    words = text[:_WORDS_WITHIN].split()
     for word in words:
-        for number in table.get(word.strip(".,;:!?\"'()"), ()):
-            votes[number] += 1
+        if len(word) > 1 or word.islower():  # Y is no Spanish word in Y = 7
+            for number in table.get(word.lower().strip(".,;:!?\"'()"), ()):
+                votes[number] += 1
     most = max(votes)
     if most >= _FEWEST_WORDS and most * 12 >= len(words) and votes.count(most) == 1:
         return 1 + votes.index(most)
-    if len(words) >= 30 and not sum(votes):
-        letters = sum(map(str.isalpha, text))
-        return len(LANGUAGES) - 1 if 10 * letters > 7 * len(text) else 0
+    if len(words) >= 30 and not sum(votes):  # letters with marks, or it may be a list of nouns in any language
+        marked = sum(letter > "\x7f" and letter.isalpha() for letter in text)
+        return len(LANGUAGES) - 1 if 50 * marked > len(text) else 0
     return 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from luthier.data.conversions import Conversion
 from luthier.data.duplicates import BINS
 from luthier.data.endings import Endings
 from luthier.data.findings import SHOWN_ROWS
@@ -74,6 +75,8 @@ class Columns:
     cookbook: Counter[str] = field(default_factory=Counter)
     lost_tokens: int = 0
     lost_learnt: int = 0
+    cut_short: bool = False  # nothing after its last problem could be read
+    conversion: Conversion | None = None  # for a file that training does not read as it is
 
     def tally(self, kind: str, row: int, detail: str, count: int = 1) -> None:
         self.tallies.setdefault(kind, Tally()).add(row, detail, count)
@@ -96,6 +99,7 @@ class Columns:
 def joined(parts: list[Columns]) -> Columns:
     """The columns of a file from those of its spans, in order. Rows and lines of each go on after the one before it."""
     whole = Columns(format=next((part.format for part in parts if part.format), None))
+    whole.cut_short = parts[-1].cut_short if parts else False
     for part in parts:
         _append(whole, part)
         if "row" in part.numbers:

@@ -7,7 +7,7 @@ Does not know: how files are scanned (scan.py), how a report is shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ import numpy.typing as npt
 from luthier.data import statistics
 from luthier.data.characters import LANGUAGES
 from luthier.data.columns import KEPT_PROBLEMS, Columns
+from luthier.data.conversions import command
 from luthier.data.duplicates import earlier_alike
-from luthier.data.findings import KINDS, LEVELS, SHOWN_ROWS, Finding, Report, make_finding
+from luthier.data.findings import KINDS, LEVELS, SHOWN_ROWS, Finding, Report, make_finding, plural_rows
+from luthier.data.proposals import Proposer, fix_command, fixed
 from luthier.data.render import Renderer
 from luthier.data.scan import Progress, scan
 from luthier.spec.job import auto_max_length
@@ -49,18 +51,21 @@ def check(
     *,
     max_length: int | None = None,
     processes: int | None = None,
+    model: str = "",
 ) -> Report:
     """The report on training files, and on validation files beside them.
 
     With a `renderer` (a model's tokenizer and template) rows are tokenised: lengths over `max_length` (None: what
     training would choose for the model), rows without a token to learn, rows that the template cannot express.
-    `progress(done, total)` in bytes over all files. `processes`: see scan.scan. Raises NotFound.
+    `model`: the words that name this model in the commands that are proposed. `progress(done, total)` in bytes over
+    all files. `processes`: see scan.scan. Raises NotFound.
     """
     longest = max_length if max_length or renderer is None else auto_max_length(renderer.tokenizer.context)
     training, held = [Path(path) for path in paths], [Path(path) for path in validation]
     files = _scan(training + held, renderer, longest, progress, processes)
     findings: list[Finding] = []
     for file in files:
+        findings += _conversion(file)
         findings += _by_row(file)
         findings += _by_file(file)
     if files:
@@ -69,13 +74,23 @@ def check(
         findings += _repeats(files[len(training) :])
         findings += _overlaps(files, border)
     findings.sort(key=lambda finding: LEVELS.index(finding.severity))
+    proposers = {str(file.path): Proposer(file.path, file.columns, model, training) for file in files}
+    findings = [proposers[finding.file].mended(finding) for finding in findings]
     return Report(
         files[0].columns.format if files else None,
         sum(file.columns.records for file in files[: len(training)]),
         findings,
         _statistics(files, longest, renderer is not None),
         [problem for file in files for problem in file.columns.problems][:KEPT_PROBLEMS],
+        list(_together(findings, proposers)),
     )
+
+
+def _together(findings: Sequence[Finding], proposers: Mapping[str, Proposer]) -> Iterator[dict[str, str]]:
+    for name, proposer in proposers.items():
+        words = proposer.together([finding for finding in findings if finding.file == name])
+        if words is not None:
+            yield {"file": name, "command": words}
 
 
 def _scan(
@@ -105,19 +120,39 @@ def _statistics(files: Sequence[Scanned], max_length: int | None, tokenised: boo
     return {"files": found, "max_length": max_length if tokenised else None}
 
 
+def _conversion(file: Scanned) -> Iterator[Finding]:
+    """Files that training does not read as they are, and the command that makes one which it does."""
+    conversion, columns = file.columns.conversion, file.columns
+    if columns.format == "preference" and columns.examples:
+        message = f"{plural_rows(columns.examples)} with pairs of answers, and this version trains on one answer a row"
+        fix = command(file.path, "--to chat --lossy") if columns.examples == columns.records else None
+        yield make_finding("convert", file.path, columns.examples, [], [], message=message, level="warning", fix=fix)
+    elif conversion is not None:
+        message = f"{conversion.found}, {plural_rows(conversion.rows)}: to be converted before training"
+        details = [conversion.why] if conversion.why else []
+        fix = None if conversion.options is None else command(file.path, conversion.options)
+        if "invalid" in columns.tallies and columns.format == "moss":  # a conversion refuses such rows
+            good = fixed(file.path)
+            fix = f"{fix_command(file.path, '--drop invalid')} && {command(good, conversion.options or '')}"
+        yield make_finding("convert", file.path, max(1, conversion.rows), [], details, message=message, fix=fix)
+
+
 # -- what a row shows by itself ----------------------------------------------------------------------------------------
 
 
 def _by_row(file: Scanned) -> Iterator[Finding]:
-    tallies = file.columns.tallies
+    tallies, conversion = file.columns.tallies, file.columns.conversion
     for kind in KINDS:
+        if kind == "invalid" and conversion is not None and file.columns.format is None:
+            continue  # that is said once
         if kind in tallies:
             shown = [(row, detail) for row, detail in tallies[kind].rows if row]
             details = [detail for _, detail in shown]
             rows = [row for row, _ in shown]
             yield make_finding(kind, file.path, tallies[kind].count, rows, details)
     for key, (_, row, count) in file.columns.unknown.items():
-        yield make_finding("unknown_key", file.path, count, [row], [f"the key {key!r}"])
+        message = f"{plural_rows(count)} with the key {key!r}, which no rule knows"
+        yield make_finding("unknown_key", file.path, count, [row], [f"the key {key!r}"], message=message)
 
 
 # -- what a file shows -------------------------------------------------------------------------------------------------
@@ -187,11 +222,14 @@ def _languages(file: Scanned) -> Iterator[Finding]:
     switched = (answers > 0) & (prompts > 0) & (answers != prompts)
     odd = np.flatnonzero(foreign | switched)
     if len(odd):
-        details = [
-            f"answer in {LANGUAGES[answers[n]]}, prompt in {LANGUAGES[prompts[n]] or 'an unknown language'}"
-            for n in odd[:SHOWN_ROWS]
-        ]
+        details = [_spoken(int(answers[n]), int(prompts[n]), own) for n in odd[:SHOWN_ROWS]]
         yield make_finding("mixed_languages", file.path, len(odd), _numbers(columns, odd), details)
+
+
+def _spoken(answer: int, prompt: int, own: int) -> str:
+    if answer != prompt and prompt:
+        return f"answer in {LANGUAGES[answer]}, prompt in {LANGUAGES[prompt]}"
+    return f"answer in {LANGUAGES[answer]}, most are in {LANGUAGES[own]}"
 
 
 def _outliers(file: Scanned) -> Iterator[Finding]:
@@ -199,7 +237,7 @@ def _outliers(file: Scanned) -> Iterator[Finding]:
     if columns.examples < statistics.FEWEST_FOR_ODD or columns.format == "text":
         return
     distance, measure, names = statistics.oddness(columns)
-    odd = np.flatnonzero(distance >= statistics.ODD)
+    odd = np.flatnonzero(distance >= statistics.odd_from(distance))
     if len(odd):
         worst = np.sort(odd[np.argsort(-distance[odd], kind="stable")][:SHOWN_ROWS])
         details = [
@@ -239,7 +277,7 @@ def _contradictions(files: Sequence[Scanned], offset: int, prompts: Rows, firsts
     again = np.flatnonzero(earlier >= 0)
     heads, where = np.unique(earlier[again], return_inverse=True)
     for file in files:
-        if file.columns.format == "text":
+        if file.columns.format in ("text", "preference"):  # a prompt may have several pairs of answers
             continue
         mine = [n for n, head in enumerate(heads) if file.start <= firsts[head] + offset < file.end]
         if not mine:

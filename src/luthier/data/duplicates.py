@@ -20,7 +20,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from luthier.spec.data import Chat, Completion, Example, Message
+from luthier.spec.data import Chat, Completion, Example, Message, Preference
 
 Sketches = npt.NDArray[np.uint16]  # [rows, BINS]
 Ids = npt.NDArray[np.int64]
@@ -42,10 +42,13 @@ class Identity:
     text: str
 
 
-def identity(example: Example) -> Identity:
-    """The identity of a row. System messages and tools are part of the prompt but not of the text: rows share them."""
+def identity(example: Example | Preference) -> Identity:
+    """The identity of a row; of a pair, both answers count. System messages and tools are part of the prompt but not of
+    the text: rows share them."""
     if isinstance(example, Completion):
         return Identity(_hash(example.prompt), _hash(example.completion), f"{example.prompt}\n{example.completion}")
+    if isinstance(example, Preference):
+        return _pair(example)
     if not isinstance(example, Chat):
         return Identity(_hash(example.text), 0, example.text)
     turns = example.messages
@@ -54,6 +57,14 @@ def identity(example: Example) -> Identity:
     said = [_said(turn) for turn in turns]
     spoken = [text for turn, text in zip(turns, said, strict=True) if turn.role not in ("system", "developer")]
     return Identity(_hash(_joined([tools, *said[:last]])), _hash(_joined(said[last:])), "\n".join(spoken))
+
+
+def _pair(pair: Preference) -> Identity:
+    tools = json.dumps(pair.tools, sort_keys=True) if pair.tools else ""
+    asked, good, bad = ([_said(turn) for turn in turns] for turns in (pair.prompt, pair.preferred, pair.rejected))
+    spoken = [text for turn, text in zip(pair.prompt, asked, strict=True) if turn.role not in ("system", "developer")]
+    answers = _joined([_joined(good), _joined(bad)])
+    return Identity(_hash(_joined([tools, *asked])), _hash(answers), "\n".join([*spoken, *good, *bad]))
 
 
 def _said(turn: Message) -> str:

@@ -6,7 +6,6 @@ Does not know: how anything is found (doctor.py and what it calls), how a report
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,8 @@ SHOWN_ROWS = 20  # example rows of a finding; the rest is counted
 class Kind:
     """One kind of finding.
 
-    `mend`: the options of `luthier data fix` that mend it, "" where a person has to look. `by_row`: a row has it by
+    `mend`: the options of `luthier data fix` that mend it, "" where a person has to look (proposals.py has the command
+    for the file at hand). `by_row`: a row has it by
     itself, whatever the other rows are, so that `luthier data fix --drop KIND` can leave such rows out. `unit`: what
     a finding's count counts.
     """
@@ -39,6 +39,12 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     # -- what no setting can train on --------------------------------------------------------------------------------
+    "convert": Kind(
+        "error",
+        "to be converted before training",
+        "Training and the API read JSON Lines of the formats in docs/data-formats.md.",
+        by_row=False,
+    ),
     "unreadable": Kind(
         "error", "not readable", "Training and the API refuse a file with a row that is no JSON.", "--drop unreadable"
     ),
@@ -80,12 +86,14 @@ KINDS: dict[str, Kind] = {
         "warning",
         "validation prompt that is also in training",
         "Validation then measures memory, and its loss looks better than the model is.",
+        "--apart-from",
         by_row=False,
     ),
     "near_overlap": Kind(
         "warning",
         "validation row that is almost in training",
         "Validation then measures memory, and its loss looks better than the model is.",
+        "--apart-from",
         by_row=False,
     ),
     # -- lengths -----------------------------------------------------------------------------------------------------
@@ -103,6 +111,12 @@ KINDS: dict[str, Kind] = {
     ),
     # -- answers and turns -------------------------------------------------------------------------------------------
     "blank_answer": Kind("warning", "blank answer", "Blank answers teach blank answers.", "--drop blank_answer"),
+    "same_answers": Kind(
+        "warning",
+        "a preferred answer that equals the other",
+        "Nothing tells the better answer from the worse one: the row teaches nothing.",
+        "--drop same_answers",
+    ),
     "odd_roles": Kind(
         "warning",
         "unusual roles or order of turns",
@@ -219,13 +233,15 @@ class Finding:
 
 @dataclass(slots=True)
 class Report:
-    """What was found. `format` is that of the first file; `statistics`: plain JSON values (see statistics.py)."""
+    """What was found. `format` is that of the first file; `statistics`: plain JSON values (see statistics.py); `fixes`:
+    {"file", "command"} for each file of which one command mends several findings."""
 
     format: str | None
     records: int
     findings: list[Finding]
     statistics: dict[str, Any]
     problems: list[Problem] = field(default_factory=list)
+    fixes: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def worst(self) -> Level | None:
@@ -242,9 +258,14 @@ class Report:
             "format": self.format,
             "records": self.records,
             "findings": [finding.as_dict() for finding in self.findings],
+            "fixes": self.fixes,
             "problems": [problem.as_dict() for problem in self.problems],
             "statistics": self.statistics,
         }
+
+
+def plural_rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def make_finding(
@@ -256,8 +277,9 @@ def make_finding(
     *,
     message: str = "",
     level: Level | None = None,
+    fix: str | None = None,
 ) -> Finding:
-    """A finding with its kind's words. `message` in place of the kind's title."""
+    """A finding with its kind's words. `message` in place of the kind's title; `fix`: see proposals.py."""
     about = KINDS[kind]
     noun = about.unit if count == 1 else f"{about.unit}{'es' if about.unit.endswith('s') else 's'}"
     return Finding(
@@ -267,13 +289,7 @@ def make_finding(
         list(rows[:SHOWN_ROWS]),
         message or f"{count:,} {noun}: {about.title}",
         about.why,
-        fix_command(about.mend, file) if about.mend else None,
+        fix,
         str(file),
         list(details[:SHOWN_ROWS]),
     )
-
-
-def fix_command(options: str, file: Path) -> str:
-    """The command that writes the mended file beside `file`."""
-    out = file.with_name(f"{file.stem}.fixed.jsonl")
-    return f"luthier data fix {shlex.quote(str(file))} {options} -o {shlex.quote(str(out))}"

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from luthier.data.choose import Chooser, Dedupe, Gone
+from luthier.data.choose import Chooser, Dedupe, Gone, training_rows
 from luthier.data.endings import Endings, completion_ending, prompt_ending
 from luthier.data.mends import Change, add_ending, add_space, normalise_roles, redact
 from luthier.data.new_file import check_free, new_file
@@ -38,7 +38,8 @@ CHUNK = 512  # rows looked at together
 
 @dataclass(frozen=True)
 class Fixes:
-    """What was chosen; nothing else is done. `validation`: where to put a `share` of the rows, None for no split."""
+    """What was chosen; nothing else is done. `apart_from`: training files whose rows, and rows almost like them, this
+    validation file must not have. `validation`: where to put a `share` of the rows, None for no split."""
 
     dedupe: Dedupe | None = None
     drop: frozenset[str] = frozenset()
@@ -49,10 +50,11 @@ class Fixes:
     validation: Path | None = None
     share: float = 0.1
     seed: int = 0
+    apart_from: tuple[Path, ...] = ()
 
     def __bool__(self) -> bool:
         edits = self.redact or self.normalise_roles or self.add_separators or self.add_end_markers
-        return bool(self.dedupe or self.drop or edits or self.validation)
+        return bool(self.dedupe or self.drop or edits or self.validation or self.apart_from)
 
 
 @dataclass
@@ -112,7 +114,8 @@ def fix(
     for path, param in ((out, "out"), (log_path(out), "out"), (fixes.validation, "split")):
         if path is not None:
             check_free(path, force, param)
-    survey = _look(source, fixes, Chooser(fixes.drop, fixes.dedupe, renderer, max_length), tell)
+    training = training_rows(fixes.apart_from)
+    survey = _look(source, fixes, Chooser(fixes.drop, fixes.dedupe, renderer, max_length, training), tell)
     gone = survey.chooser.finish()
     _check(source, fixes, survey)
     done = Fixed(str(out), str(log_path(out)), invalid=0 if "invalid" in fixes.drop else survey.invalid)

@@ -158,7 +158,7 @@ class Reader:
             findings.error("", f"{_a(kind)} record", wanted, "Put each format into a file of its own.")
             return None
         if not value.keys() <= KEYS[kind]:
-            self._note_unknown(value, KEYS[kind], record)
+            self.note_unknown(value, KEYS[kind], record)
         return dataclasses.replace(_READERS[kind](value, findings), line=record.line, row=record.row)
 
     def _refuse_shape(self, value: Any, findings: Findings) -> None:
@@ -171,7 +171,8 @@ class Reader:
             shapes = "; ".join(("messages", "prompt and completion", "instruction and output", "conversations", "text"))
             findings.error("", _keys(value), f"the keys of a known format: {shapes}", "See docs/data-formats.md.")
 
-    def _note_unknown(self, value: dict[str, Any], known: frozenset[str], record: Record) -> None:
+    def note_unknown(self, value: dict[str, Any], known: frozenset[str], record: Record) -> None:
+        """Remember the keys that are not `known`."""
         for key in value:
             if key not in known:
                 if key not in self.unknown and len(self.unknown) >= _MOST_UNKNOWN_KEYS:

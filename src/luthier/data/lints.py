@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from luthier.data.characters import COMMON_CONTROL, broken
+from luthier.data.pairs import Meaning, as_chats, field_of
 from luthier.data.private import find_private, masked
 from luthier.data.strict_json import quote
 from luthier.data.toolcalls import look_at_calls
-from luthier.spec.data import Chat, Completion, Example, Message
+from luthier.spec.data import Chat, Completion, Example, Message, Preference
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,11 @@ class Mark:
     detail: str
 
 
-def look(example: Example, control: re.Pattern[str] | None = COMMON_CONTROL) -> Iterator[Mark]:
+def look(example: Meaning, control: re.Pattern[str] | None = COMMON_CONTROL) -> Iterator[Mark]:
     """Every mark of `example`. `control` finds the control tokens that its texts should not spell."""
+    if isinstance(example, Preference):
+        yield from _pair(example, control)
+        return
     if isinstance(example, Chat):
         yield from _turns(example)
         for kind, at, detail in look_at_calls(example):
@@ -37,6 +41,19 @@ def look(example: Example, control: re.Pattern[str] | None = COMMON_CONTROL) -> 
         yield Mark("blank_answer", "completion", "nothing but white space")
     for at, text in texts(example):
         yield from look_at_text(at, text, control)
+
+
+def _pair(pair: Preference, control: re.Pattern[str] | None) -> Iterator[Mark]:
+    """Marks of the preferred conversation, and of what the other answer says: it may be a bad one."""
+    good, bad = as_chats(pair)
+    if pair.preferred == pair.rejected:
+        yield Mark("same_answers", "preferred", "equal to rejected")
+    for mark in look(good, control):
+        yield Mark(mark.kind, field_of(pair, mark.field, "preferred"), mark.detail)
+    for at, text in texts(bad):
+        place = field_of(pair, at, "rejected")
+        if place.startswith("rejected"):
+            yield from look_at_text(place, text, control)
 
 
 def texts(example: Example) -> Iterator[tuple[str, str]]:

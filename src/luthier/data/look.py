@@ -16,8 +16,10 @@ from luthier.data.characters import COMMON_CONTROL, control_pattern, language
 from luthier.data.columns import KEPT_PROBLEMS, NUMBERS, Columns
 from luthier.data.duplicates import identity, sketch
 from luthier.data.endings import completion_ending, prompt_ending
+from luthier.data.pairs import Meaning, as_chats, render_all
 from luthier.data.render import Renderer
-from luthier.spec.data import Chat, Completion, Example, Problem, Rendered, Text
+from luthier.data.rows import Row
+from luthier.spec.data import Chat, Completion, Preference, Problem, Rendered, Text
 
 _PLAIN = (string.ascii_letters + string.digits + string.whitespace).encode() + bytes(range(128, 256))
 _LOOKED_AT = 4000  # characters of a text of which signs are counted
@@ -36,7 +38,11 @@ class Look:
         part.tally("unreadable", problem.row, f"{problem.found}, wanted {problem.wanted}")
         _keep(part, problem)
 
-    def read(self, part: Columns, items: Iterable[Example | Problem]) -> Iterator[Example]:
+    def row(self, part: Columns, row: Row) -> Iterator[Meaning]:
+        """What a row means, if it means anything; its errors are counted."""
+        return self.read(part, row.problems if row.meaning is None else (*row.problems, row.meaning))
+
+    def read(self, part: Columns, items: Iterable[Meaning | Problem]) -> Iterator[Meaning]:
         """The examples of one or more records; their errors are counted, a row once. (Warnings: lints.py has them.)"""
         refused = -1
         for item in items:
@@ -50,7 +56,7 @@ class Look:
             elif not item.field:
                 part.tally("other", item.row, f"{item.found}, wanted {item.wanted}")
 
-    def fill(self, part: Columns, examples: Iterable[Example]) -> None:
+    def fill(self, part: Columns, examples: Iterable[Meaning]) -> None:
         """Look at `examples` and put their numbers into the columns of `part`."""
         numbers: dict[str, list[Any]] = {name: [] for name in NUMBERS}
         sketches = []
@@ -74,19 +80,19 @@ class Look:
         if sketches:
             part.sketches = np.stack(sketches)
 
-    def _marks(self, part: Columns, example: Example) -> None:
+    def _marks(self, part: Columns, example: Meaning) -> None:
         seen: set[str] = set()
         for mark in lints.look(example, self.control):
             if mark.kind not in seen:
                 part.tally(mark.kind, example.row, f"{mark.field}: {mark.detail}")
             seen.add(mark.kind)
 
-    def _rendered(self, examples: Iterable[Example]) -> Iterator[tuple[Example, list[Rendered] | Problem]]:
+    def _rendered(self, examples: Iterable[Meaning]) -> Iterator[tuple[Meaning, list[Rendered] | Problem]]:
         if self.renderer is None:
             return ((example, []) for example in examples)
-        return self.renderer.try_render(examples)
+        return render_all(self.renderer, examples)
 
-    def _tokens(self, part: Columns, example: Example, rendered: list[Rendered] | Problem) -> dict[str, int]:
+    def _tokens(self, part: Columns, example: Meaning, rendered: list[Rendered] | Problem) -> dict[str, int]:
         if isinstance(rendered, Problem):
             part.tally("unrenderable", example.row, f"{rendered.field}: {rendered.found}, wanted {rendered.wanted}")
             _keep(part, rendered)
@@ -96,7 +102,7 @@ class Look:
             self._fit(part, example, rendered, self.max_length)
         return {"tokens": tokens, "learnt": learnt}
 
-    def _fit(self, part: Columns, example: Example, rendered: list[Rendered], longest: int) -> None:
+    def _fit(self, part: Columns, example: Meaning, rendered: list[Rendered], longest: int) -> None:
         over = [row for row in rendered if len(row.ids) > longest]
         kept = [sum(1 for weight in row.weights[:longest] if weight >= 1) for row in rendered]
         if not all(kept):
@@ -117,8 +123,10 @@ def _keep(part: Columns, problem: Problem) -> None:
         part.problems.append(problem)
 
 
-def _numbers(example: Example) -> dict[str, int]:
-    """The columns that need no tokens."""
+def _numbers(example: Meaning) -> dict[str, int]:
+    """The columns that need no tokens; of a pair those of its preferred conversation."""
+    if isinstance(example, Preference):
+        return _numbers(as_chats(example)[0])
     if isinstance(example, Chat):
         learnt = [n for n, turn in enumerate(example.messages) if turn.role == "assistant" and turn.weight]
         sizes = [0] * len(example.messages)
@@ -154,7 +162,7 @@ def _signs(text: str) -> float:
     return len(text.encode("utf-8", "surrogatepass").translate(None, _PLAIN)) / max(1, len(text))
 
 
-def _shape(part: Columns, example: Example) -> None:
+def _shape(part: Columns, example: Meaning) -> None:
     """What only all rows together tell: endings, classes, roles, system messages."""
     if isinstance(example, Completion):
         part.prompt_endings.add(prompt_ending(example.prompt), example.row)

@@ -48,15 +48,16 @@ def redact(value: Any) -> tuple[Any, list[Change]]:
     return _redacted(value, "", changes), changes
 
 
-def _redacted(value: Any, at: str, changes: list[Change]) -> Any:
+def _redacted(value: Any, at: str, changes: list[Change], key: str = "") -> Any:
+    """`key`: the one that a text stands under, which may tell what it is: {"password": "..."}."""
     if isinstance(value, dict):
-        return {key: _redacted(item, f"{at}.{key}" if at else key, changes) for key, item in value.items()}
+        return {key: _redacted(item, f"{at}.{key}" if at else key, changes, key) for key, item in value.items()}
     if isinstance(value, list):
         return [_redacted(item, f"{at}[{n}]", changes) for n, item in enumerate(value)]
-    return _redacted_text(value, at, changes) if isinstance(value, str) else value
+    return _redacted_text(value, at, changes, key) if isinstance(value, str) else value
 
 
-def _redacted_text(text: str, at: str, changes: list[Change]) -> str:
+def _redacted_text(text: str, at: str, changes: list[Change], key: str) -> str:
     if text[:1] in ("{", "["):
         try:
             inside = parse_json(text)
@@ -67,6 +68,9 @@ def _redacted_text(text: str, at: str, changes: list[Change]) -> str:
             made = _redacted(inside, at, changes)
             return json.dumps(made, ensure_ascii=False) if len(changes) > before else text
     found = sorted(find_private(text), key=lambda one: (one.start, -one.end))
+    if not found and any(one.kind == "secret" for one in find_private(f'"{key}": "{text}"')):
+        changes.append(Change("redacted", at, "password or key"))
+        return "[password or key]"
     made, end = [], 0
     for one in found:
         if one.start < end:  # the same digits as another kind of thing

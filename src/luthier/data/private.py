@@ -56,6 +56,7 @@ _LEAST_BITS = 2.8  # of entropy a character in a named secret: `password: mandat
 
 _EMAIL = re.compile(r"\b[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
 _DIGITS = re.compile(r"(?<![A-Za-z0-9_.])\+?\(?\d(?:[ ().-]{0,2}\d){7,30}(?![A-Za-z0-9_])")
+_DIGIT = re.compile("[0-9]")
 _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 _NO_ADDRESS = (
     ".png",
@@ -69,8 +70,15 @@ _NO_ADDRESS = (
     "example.net",
     "domain.com",
     "email.com",
+    "company.com",
 )
-_CARD_STARTS = re.compile(r"4|5[1-5]|2[2-7]|3[47]|3[068]|6(?:011|4[4-9]|5|2)|35")
+# Cards as their issuers print them, in groups, or as one number of their issuers' lengths. Results of sums are neither.
+_CARD = re.compile(
+    r"(?:4\d|5[1-5]|2[2-7]|6[0245]|35)\d\d([ -]?)\d{4}\1\d{4}\1\d{4}|3[47]\d\d([ -]?)\d{6}\2\d{5}"
+    r"|3[068]\d\d([ -])\d{6}\3\d{4}"
+)
+_PLACEHOLDER = re.compile(r"(?:\+?1)?(?:555\d{7}|1234567890|0123456789)")
+_LONGEST_UNBROKEN = 13  # digits of a telephone number without any separator
 _CHINESE_MOBILE = re.compile(r"(?:86)?1[3-9]\d{9}")
 _PHONE = re.compile(
     r"\+\d{1,3}[ .-]?(?:\(?\d{1,5}\)?[ .-]?){1,6}\d{1,5}"  # international
@@ -118,6 +126,8 @@ def _personal(text: str) -> Iterator[Private]:
         for match in _EMAIL.finditer(text):
             if not match[0].lower().endswith(_NO_ADDRESS):
                 yield Private("personal_data", "e-mail address", *match.span())
+    if _DIGIT.search(text) is None:
+        return
     for match in _DIGITS.finditer(text):
         what = _number(match[0])
         if what:
@@ -132,10 +142,12 @@ def _number(spelt: str) -> str | None:
     digits = re.sub(r"\D", "", spelt)
     if re.fullmatch(r"\d{3}-\d{2}-\d{4}", spelt) and digits[:3] not in ("000", "666") and digits[0] != "9":
         return "social security number"
-    if 13 <= len(digits) <= 19 and _CARD_STARTS.match(digits) and luhn(digits) and len(set(digits)) > 1:
+    if _CARD.fullmatch(spelt) and luhn(digits) and len(set(digits)) > 1:
         return "card number"
     if len(digits) == 18 and _chinese_id_holds(digits):
         return "identity number"
+    if _PLACEHOLDER.fullmatch(digits) or (spelt.lstrip("+") == digits and len(digits) > _LONGEST_UNBROKEN):
+        return None
     if 8 <= len(digits) <= 15 and (_PHONE.fullmatch(spelt) or (_CHINESE_MOBILE.fullmatch(digits) and digits == spelt)):
         return "telephone number"
     return None

@@ -17,7 +17,7 @@ from typing import IO, Any
 from luthier.data.formats import Reader, detect
 from luthier.data.messages import Findings
 from luthier.data.moss import is_moss, read_moss
-from luthier.data.preference import read_preference
+from luthier.data.preference import known_keys, read_preference
 from luthier.data.read import OnBytes, Record, is_plain_text, read_records
 from luthier.spec.data import Chat, Completion, Example, Message, Preference, Problem
 from luthier.spec.errors import BadData
@@ -53,22 +53,37 @@ def read_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[Row | Pro
 
 def rows_of(records: Iterable[Record | Problem], file: str) -> Iterator[Row | Problem]:
     """What each record means, in order. A file has one format: that of its first record."""
-    reader, special, first_line = Reader(file), "", 0
+    reader = RowReader(file)
     for record in records:
-        if isinstance(record, Problem):
-            yield record
-            continue
+        yield record if isinstance(record, Problem) else reader.read(record)
+
+
+class RowReader:
+    """Records of one file to Rows, one at a time. `format` and its line, where an earlier record has decided it;
+    `unknown` as formats.Reader has it."""
+
+    def __init__(self, file: str, format: str | None = None, format_line: int = 0) -> None:
+        self.file, self.line = file, format_line
+        self.special = format if format in _SPECIAL else ""
+        self.reader = Reader(file, None if self.special else format, format_line)
+
+    @property
+    def unknown(self) -> dict[str, list[int]]:
+        return self.reader.unknown
+
+    def read(self, record: Record) -> Row:
         kind = kind_of(record.value)
-        if reader.format is None and not special and kind in _SPECIAL:
-            special, first_line = kind, record.line
-        if special:
-            findings = Findings(file, record.line, record.row)
-            meaning = _special(record, kind, special, first_line, findings)
-            yield Row(record, None if findings.failed else meaning, tuple(findings.problems))
-            continue
-        found = list(reader.read(record))
+        if self.reader.format is None and not self.special and kind in _SPECIAL:
+            self.special, self.line = kind, record.line
+        if self.special:
+            findings = Findings(self.file, record.line, record.row)
+            meaning = _special(record, kind, self.special, self.line, findings)
+            if kind == "preference" == self.special and not findings.failed:
+                self.reader.note_unknown(record.value, known_keys(record.value), record)
+            return Row(record, None if findings.failed else meaning, tuple(findings.problems))
+        found = list(self.reader.read(record))
         problems = tuple(item for item in found if isinstance(item, Problem))
-        yield Row(record, next((item for item in found if not isinstance(item, Problem)), None), problems)
+        return Row(record, next((item for item in found if not isinstance(item, Problem)), None), problems)
 
 
 def kind_of(value: Any) -> str | None:

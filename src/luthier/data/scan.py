@@ -16,12 +16,14 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from luthier.data import cookbook
+from luthier.data import conversions, cookbook
 from luthier.data.columns import Columns, joined
-from luthier.data.formats import Reader, detect, read_examples
+from luthier.data.formats import read_examples
 from luthier.data.look import Look
+from luthier.data.pairs import Meaning
 from luthier.data.read import is_plain_text, read_records, read_span
 from luthier.data.render import Renderer
+from luthier.data.rows import RowReader, kind_of
 from luthier.data.spans import count_lines, line_spans
 from luthier.data.template import ChatTemplate
 from luthier.data.tokenizer import Tokenizer
@@ -54,6 +56,26 @@ def scan(
     processes: int | None = None,
 ) -> Columns:
     """The columns of one file. `processes`: None for as many as this process may use cores. Raises NotFound."""
+    conversion = conversions.of_table(path) if path.is_file() else None
+    if conversion is not None:
+        return Columns(records=conversion.rows, conversion=conversion)
+    whole = _scan(path, renderer, max_length, progress, processes)
+    if whole.format is None and whole.records and "invalid" in whole.tallies:
+        options = conversions.of_records(path)
+        if options is not None:
+            whole.conversion = conversions.Conversion("JSON of another shape", whole.records, options)
+    elif whole.format == "moss":
+        whole.conversion = conversions.Conversion("MOSS plug-in records", whole.examples, "--to chat")
+    return whole
+
+
+def _scan(
+    path: Path,
+    renderer: Renderer | None,
+    max_length: int | None,
+    progress: Progress | None,
+    processes: int | None,
+) -> Columns:
     plan = _plan(path, renderer, max_length)
     spans = line_spans(path, SPAN)
     if not spans:
@@ -82,7 +104,7 @@ def _plan(path: Path, renderer: Renderer | None, max_length: int | None) -> Plan
     format, line = None, 0
     if not is_plain_text(path):
         for item in read_records(path):
-            if not isinstance(item, Problem) and (found := detect(item.value)) not in (None, "preference"):
+            if not isinstance(item, Problem) and (found := kind_of(item.value)) is not None:
                 format, line = found, item.line
                 break
     plan = Plan(path, format, line, max_length)
@@ -127,9 +149,9 @@ def _work(span: tuple[int, int]) -> Columns:
 
 def _span(plan: Plan, look: Look, span: tuple[int, int]) -> Columns:
     part = Columns(format=plan.format, lines=count_lines(plan.path, *span))
-    reader = Reader(plan.path.name, plan.format, plan.format_line)
+    reader = RowReader(plan.path.name, plan.format, plan.format_line)
 
-    def examples() -> Iterator[Example]:
+    def examples() -> Iterator[Meaning]:
         for item in read_span(plan.path, *span):
             part.records += 1
             if isinstance(item, Problem):
@@ -137,7 +159,7 @@ def _span(plan: Plan, look: Look, span: tuple[int, int]) -> Columns:
                 continue
             part.cookbook.update(cookbook.errors(item.value))
             part.cookbook.update(cookbook.missing(item.value))
-            yield from look.read(part, reader.read(item))
+            yield from look.row(part, reader.read(item))
 
     look.fill(part, examples())
     part.unknown = reader.unknown
@@ -151,27 +173,28 @@ def _stream(plan: Plan, look: Look, progress: Progress | None) -> Iterator[Colum
         look.fill(part, look.read(part, _counted(part, read_examples(plan.path, progress))))
         yield part
         return
-    reader = Reader(plan.path.name, plan.format, plan.format_line)
+    reader = RowReader(plan.path.name, plan.format, plan.format_line)
     records = read_records(plan.path, progress)
     done, ended = 0, False
 
-    def examples(part: Columns) -> Iterator[Example]:
+    def examples(part: Columns) -> Iterator[Meaning]:
         nonlocal ended
         for item in records:
             part.records = max(part.records, item.row - done)
+            part.cut_short = isinstance(item, Problem)
             if isinstance(item, Problem):
                 look.unreadable(part, replace(item, row=max(0, item.row - done)))
             else:
                 part.cookbook.update(cookbook.errors(item.value))
                 part.cookbook.update(cookbook.missing(item.value))
-                yield from look.read(part, reader.read(replace(item, row=item.row - done)))
+                yield from look.row(part, reader.read(replace(item, row=item.row - done)))
             if part.records >= PART:
                 return
         ended = True
 
     while not ended:
         part = Columns(format=plan.format)
-        reader.unknown = {}
+        reader.reader.unknown = {}
         look.fill(part, examples(part))
         part.unknown = reader.unknown
         done += part.records

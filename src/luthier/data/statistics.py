@@ -22,6 +22,7 @@ SHOWN = 10  # longest and oddest rows
 FEWEST_FOR_ODD = 5  # rows
 ODD = 6.0  # robust standard deviations
 FEWEST_FOR_CLASSES = 20  # rows
+_LONG = 80  # characters from which the share of signs, or of repeated runs, is worth a look
 _MOST_CLASSES = 100
 _ROWS_PER_CLASS = 10
 # The least spread that counts as one standard deviation, so that rows alike to the letter do not make all others odd.
@@ -65,14 +66,20 @@ def classes(answers: Counter[str] | None, rows: int) -> list[tuple[str, int]] | 
     return answers.most_common()
 
 
+def odd_from(distance: npt.NDArray[np.float64]) -> float:
+    """The distance from which rows are unlike the others: where they are many, they are a kind of row and not odd."""
+    most = max(3, len(distance) // 100)
+    return max(ODD, float(np.sort(distance)[-most])) if len(distance) > most else ODD
+
+
 def oddness(columns: Columns) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], tuple[str, ...]]:
     """(robust distance of each row from the middle, which measure says so, the measures' names)."""
     measures = {
         "prompt length": np.log1p(columns.share("prompt_characters")),
         "answer length": np.log1p(columns.share("answer_characters")),
         "number of turns": np.log1p(columns.share("turns")),
-        "signs": columns.share("signs"),
-        "repetition": 1 - columns.share("distinct"),
+        "signs": _of_long(columns.share("signs"), columns),
+        "repetition": _of_long(1 - columns.share("distinct"), columns),
     }
     distances = []
     for name, values in measures.items():
@@ -81,6 +88,12 @@ def oddness(columns: Columns) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.i
         distances.append(away / max(spread, _SPREADS[name]))
     table = np.stack(distances)
     return table.max(axis=0), table.argmax(axis=0), tuple(measures)
+
+
+def _of_long(values: npt.NDArray[np.float64], columns: Columns) -> npt.NDArray[np.float64]:
+    """Shares of characters, where there are enough of them for a share to tell anything; else the middle."""
+    long = columns.number("prompt_characters") + columns.number("answer_characters") >= _LONG
+    return np.where(long, values, np.median(values[long])) if long.any() else np.zeros(len(values))
 
 
 def languages(indices: npt.NDArray[np.int64]) -> dict[str, int]:
