@@ -15,6 +15,7 @@ from fastapi import Depends, FastAPI
 from luthier import __version__
 from luthier.api import (
     chat,
+    checks,
     completions,
     engines,
     faults,
@@ -42,6 +43,7 @@ from luthier.api.sweeps import sweeping
 ROUTERS = (
     files.router,
     uploads.router,
+    checks.router,
     models.router,
     jobs.router,
     permissions.router,
@@ -68,6 +70,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.doorkeeper = Doorkeeper(services.keys)
     app.state.metrics = Metrics(services.jobs)
     app.state.followers = Followers(services)
+    app.state.checkups = checks.Checkups(services)
     for router in ROUTERS:
         app.include_router(router, prefix="/v1", dependencies=[Depends(caller)], responses=ANSWERS)
     app.include_router(health.router, responses=ANSWERS)
@@ -84,7 +87,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     await services.router.start()
     try:
-        async with sweeping(services):
+        async with sweeping(services), app.state.checkups.running():
             yield
     finally:
         await services.router.close()

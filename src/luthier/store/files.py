@@ -18,6 +18,7 @@ from sqlalchemy import ColumnElement, Connection, Row, delete, insert, or_, sele
 
 from luthier.spec.errors import Broken, UserError
 from luthier.store.blobs import Blobs, Incoming
+from luthier.store.checks import Checks
 from luthier.store.db import Database, Order, Page, check_id, missing, new_id
 from luthier.store.tables import files, upload_parts
 
@@ -54,6 +55,7 @@ class Files:
     def __init__(self, database: Database) -> None:
         self.database = database
         self.blobs = Blobs(database.home / "files")
+        self.checks = Checks(database.home / "checks")
 
     def create(
         self,
@@ -169,6 +171,7 @@ class Files:
             if connection.execute(named).first() is not None:
                 return False
             self.blobs.drop(sha256)
+            self.checks.drop(sha256)
             return True
 
     def sweep(self) -> int:
@@ -183,7 +186,7 @@ class Files:
             named = union_all(select(files.c.sha256), select(upload_parts.c.sha256))
             used = set(connection.scalars(named))
         orphans = sum(self.drop_unused(sha256) for sha256 in self.blobs.all() if sha256 not in used)
-        return len(expired) + orphans + self.blobs.sweep_incoming()
+        return len(expired) + orphans + self.blobs.sweep_incoming() + self.checks.sweep(used)
 
     def opener(self, sha256: str) -> Callable[[], BinaryIO]:
         return lambda: self.blobs.open(sha256)

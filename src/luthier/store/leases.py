@@ -22,7 +22,7 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 from luthier.spec.errors import Broken, NotNow
 from luthier.store.db import Database, new_id
 from luthier.store.history import WORKER_LOST, Checkpoint, EventDraft, append, make_checkpoint, say, sentence
-from luthier.store.jobs import NO_LEASE, Job, Status, Wanted, hold, make_job, move
+from luthier.store.jobs import NO_LEASE, TERMINAL, Job, Status, Wanted, hold, make_job, move
 from luthier.store.tables import job_checkpoints, jobs
 
 Stage = Literal["validate", "run"]
@@ -122,6 +122,14 @@ class Leases:
         with self.database.transaction() as connection:
             row = self._mine(connection, lease)
             return append(connection, row.id, self.database.now(), drafts)
+
+    def append_late(self, job_id: str, drafts: Sequence[EventDraft]) -> int:
+        """Add events that no lease is needed for, to a job that is not over; how many were new."""
+        with self.database.transaction() as connection:
+            waiting = select(jobs).where(jobs.c.id == job_id, jobs.c.status.not_in(sorted(TERMINAL))).with_for_update()
+            if connection.execute(waiting).one_or_none() is None:
+                return 0
+            return append(connection, job_id, self.database.now(), drafts)
 
     def add_checkpoint(self, lease: Lease, *, step: int, model: str, metrics: dict[str, float]) -> Checkpoint:
         """Enter a checkpoint; a step that is there already keeps its row. Raises LeaseLost."""

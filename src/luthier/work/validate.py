@@ -11,13 +11,13 @@ Does not know: the store; tokens: rows that are too long are cut by the engine.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.data.checkup import bound
 from luthier.data.formats import detect, read_examples
 from luthier.data.read import read_records
 from luthier.spec.data import Problem
@@ -137,10 +137,7 @@ def verdict_of(text: str) -> Refusal | None:
 
 
 def _main(asked: Mapping[str, Any]) -> None:
-    for limit, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, SECONDS)):
-        hard = resource.getrlimit(limit)[1]
-        bound = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(limit, (bound, hard))
+    bound(MEMORY, SECONDS)
     validation = asked["validation"]
     refusal = check_files(
         Path(asked["training"]), None if validation is None else Path(validation), asked["kind"], asked["method"]

@@ -27,7 +27,9 @@ from luthier.store.db import Database
 from luthier.store.files import Files
 from luthier.store.jobs import TERMINAL, Job, Jobs
 from luthier.store.leases import Lease, LeaseLost, Leases, Stage
+from luthier.work import findings
 from luthier.work.attempt import Attempt, Fate
+from luthier.work.findings import Look
 from luthier.work.hold import Hold
 from luthier.work.launch import Child
 from luthier.work.layout import FileGone, blob_of, lay_out
@@ -65,6 +67,7 @@ class Worker:
     ) -> None:
         self.settings, self.database, self.bases, self.name = settings, database, bases, name
         self.command, self.lease_seconds, self.beat_every = command, lease, beat
+        self._late: list[Look] = []
         self.leases, self.files, self.jobs = Leases(database), Files(database), Jobs(database)
         self.environment = child_environment(
             LUTHIER_HOME=str(database.home), LUTHIER_HUB=settings.hub, PYTHONUNBUFFERED="1"
@@ -90,6 +93,8 @@ class Worker:
         finally:
             stop.set()
             checker.join()
+            for look in self._late:
+                look.end()
         if faults:
             raise faults[0]
 
@@ -106,6 +111,7 @@ class Worker:
     def once(self, stage: Stage, stop: threading.Event) -> bool:
         """Look for one job of that stage and do it; whether there was one. Raises NotNow."""
         if stage == "validate":
+            self._tell_late()
             for job in self.leases.reclaim_expired():
                 logger.warning("%s taken from a worker that was lost", job.id)
         claimed = self.leases.claim(self.name, self.lease_seconds, stage)
@@ -181,9 +187,45 @@ class Worker:
                 if code:
                     logger.warning("%s: %s", job.id, said)
         if refusal is None:
+            if not self._look_at_data(job, lease, hold, stop):
+                return
             self.leases.validated(lease)
         else:
             self._fail(job, lease, refusal.code, refusal.message, refusal.param)
+
+    def _look_at_data(self, job: Job, lease: Lease, hold: Hold, stop: threading.Event) -> bool:
+        """Tell what the data doctor finds within a few seconds; what takes longer is told later. False: the worker
+        shall stop, and the job waits for the next one."""
+        try:
+            look = Look(job, self.files, self.environment)
+        except NotFound:  # deleted since: the run says so
+            return True
+        deadline = time.monotonic() + findings.SECONDS
+        try:
+            while not look.done():
+                hold.check()
+                if stop.is_set():
+                    self.leases.release(lease)
+                    return False
+                if time.monotonic() >= deadline and len(self._late) < findings.MOST_LATE:
+                    self._late.append(look)
+                    return True
+                if time.monotonic() >= deadline:
+                    logger.warning("%s: too many files are being looked at, this one is not", job.id)
+                    return True
+                time.sleep(PATIENCE / 2)
+            self.leases.append_events(lease, look.events())
+            return True
+        finally:
+            if look not in self._late:
+                look.end()
+
+    def _tell_late(self) -> None:
+        """The findings of jobs that did not wait for them. Raises NotNow."""
+        for look in list(self._late):
+            if look.done():
+                self.leases.append_late(look.job.id, look.events())
+                self._late.remove(look)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
