@@ -43,8 +43,8 @@ def test_findings_come_before_the_queue(bench: Bench) -> None:
         ("duplicate", 1, [13]),
     ]
     assert warned[1].message == (
-        "Training file: 1 row: repeats an earlier row (row 13). Repeated rows weigh more than the others and are learnt "
-        "by heart. The first: repeats row 4."
+        "Training file: 1 row: repeats an earlier row (row 13). Repeated rows weigh more than the others and are "
+        "learnt by heart. The first: repeats row 4."
     )
     assert warned[1].data["file_id"] == job.training_file and "--dedupe exact" in warned[1].data["fix"]
     assert "bob@" not in "".join(event.message for event in events)
