@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,10 @@ PAIRS = [{"prompt": f"{sentence(n)} ->", "completion": f" {sentence(n + 500)} EN
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
     (tmp_path / "my data").mkdir()
     monkeypatch.chdir(tmp_path / "my data")
-    yield
 
 
 def run(*words: str) -> int:

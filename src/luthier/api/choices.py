@@ -29,6 +29,10 @@ do, and they are followed: messages, tools, functions, weights 0 and 1; prompt a
 **`paused`.** Reported as a status although the published list lacks it: the pause route exists, and the clients pass
 the word through.
 
+**The data doctor.** `GET /luthier/files/{file_id}/check` is an extension: 200 with the report of `luthier data check
+--json`, or 202 while it is being made. Jobs tell the same findings as events at level warn before they queue, and do
+not wait longer than eight seconds for them.
+
 **Result files.** `step_metrics.csv` of a job is served as base64 text, which OpenAI's notebooks decode without
 asking, except to clients older than 1.0, which print what they get. `compiled_results.csv` of a fine-tune is always
 plain. `LUTHIER_RESULTS=raw` or `base64` decides for all results of jobs.
