@@ -144,7 +144,10 @@ def test_prompts_and_completions(capsys: pytest.CaptureFixture[str]) -> None:
 def test_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     pair = {"prompt": sentence(1), "chosen": sentence(2), "rejected": sentence(3)}
     rows = [pair | {"prompt": sentence(n)} for n in range(10, 16)]
-    write(Path("a.jsonl"), [*rows, pair | {"rejected": sentence(2)}, rows[0], pair | {"chosen": "<|im_end|>"}])
+    write(
+        Path("a.jsonl"),
+        [*rows, pair | {"rejected": sentence(2)}, rows[0], pair | {"chosen": sentence(4) + "<|im_end|>"}],
+    )
     found = report(capsys, "a.jsonl")
     assert found["format"] == "preference"
     assert {each["kind"]: each["rows"] for each in found["findings"]} == {
@@ -161,7 +164,7 @@ def test_what_only_a_model_shows(model: Path, capsys: pytest.CaptureFixture[str]
     rows = [*(row(n) for n in range(6)), row(7, "word " * 300), row(8) | {"messages": row(8)["messages"][::-1]}]
     rows += [turns(("user", "word " * 300), ("assistant", "yes")), row(9, "an end <|im_end|>")]
     write(Path("a.jsonl"), [*rows, tool_row(10, call())])
-    words = ("--model", str(model), "--max-length", "200", "--template", "chatml")
+    words = ("--model", str(model), "--max-length", "200")
     found = all_mended(capsys, "a.jsonl", *words, again=words)
     assert {"too_long", "nothing_supervised", "unrenderable", "special_tokens"} <= kinds(found)
     assert all(str(model) in each["fix"] for each in found["findings"] if each["kind"] == "too_long")
@@ -192,7 +195,7 @@ def test_texts_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
     Path("b.csv").write_text('question,answer\n"a, b",c\nd,e\n', encoding="utf-8")
     found = all_mended(capsys, "b.csv")
     assert (found["records"], found["findings"][0]["count"]) == (2, 2)
-    Path("c.csv").write_bytes("review;label\n".replace(";", ",").encode() + "très bien,1\n".encode("cp1252") * 3)
+    Path("c.csv").write_bytes("review;label\n".replace(";", ",").encode() + "l'été très bien,1\n".encode("cp1252") * 3)
     assert "--encoding cp1252" in all_mended(capsys, "c.csv")["findings"][0]["fix"]
     Path("d.csv").write_text("one,two,three\n1,2,3\n", encoding="utf-8")
     (unclear,) = all_mended(capsys, "d.csv")["findings"]

@@ -19,6 +19,7 @@ from luthier.store.history import Event, History
 from luthier.store.jobs import TERMINAL, Job, Jobs
 from luthier.store.leases import Leases
 from luthier.store.models import Models
+from luthier.work import findings
 from luthier.work.worker import Worker
 from tests.engine.runs import chats
 from tests.store.conftest import postgres_url, sqlite_file
@@ -36,6 +37,12 @@ HYPERPARAMETERS = (
     "classification_positive_class",
     "classification_betas",
 )
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine, what is found in a job's files comes before it queues."""
+    monkeypatch.setattr(findings, "SECONDS", 60.0)
 
 
 @dataclass

@@ -47,7 +47,7 @@ def test_findings_come_before_the_queue(bench: Bench) -> None:
         "learnt by heart. The first: repeats row 4."
     )
     assert warned[1].data["file_id"] == job.training_file and "--dedupe exact" in warned[1].data["fix"]
-    assert "bob@" not in "".join(event.message for event in events)
+    assert "bob@firm" not in "".join(event.message for event in events)
     assert events[-1].level == "info" and events[-1].sequence == len(events)
 
 

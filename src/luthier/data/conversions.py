@@ -164,19 +164,20 @@ def _encoding(path: Path) -> str | None:
 
 
 def _decodes(path: Path, encoding: str) -> bool:
-    """Whether all bytes are of that encoding; of gb18030, whether what they spell is mostly Chinese."""
+    """Whether all bytes are of that encoding; of gb18030, whether they spell Chinese and not a few accents."""
     decoder = codecs.getincrementaldecoder(encoding)()
-    chinese = other = 0
+    chinese = other = latin = 0
     try:
         for piece in _pieces(path):
             text = decoder.decode(piece)
             if encoding == "gb18030":
                 chinese += sum("\u4e00" <= each < "\ua000" for each in text)
                 other += sum(each > "\x7f" for each in text)
+                latin += sum("A" <= each <= "z" for each in text)
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         return False
-    return encoding != "gb18030" or 4 * chinese > 3 * other
+    return encoding != "gb18030" or (4 * chinese > 3 * other and 3 * chinese > latin)
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
