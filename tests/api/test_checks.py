@@ -42,7 +42,7 @@ def test_it_is_what_the_command_prints(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     answer = ask(client, made(services))
-    assert answer.status_code == 200
+    assert answer.status_code == 200, answer.text
     monkeypatch.chdir(tmp_path)
     Path("train.jsonl").write_bytes(CONTENT)
     with pytest.raises(SystemExit):
