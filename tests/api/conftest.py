@@ -16,6 +16,7 @@ import uvicorn
 from fastapi.testclient import TestClient
 
 from luthier.api.app import create_app
+from luthier.api.heads import BoundedHeads
 from luthier.api.services import Services
 from luthier.settings import Settings
 from luthier.spec.bases import Bases
@@ -150,7 +151,8 @@ def serving(services: Services) -> Iterator[str]:
     """The app over `services` on a free port, in a thread of this process; gives its URL without /v1."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(services), log_config=None, timeout_graceful_shutdown=5))
+    config = uvicorn.Config(create_app(services), http=BoundedHeads, log_config=None, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import select
 import socket
 import time
 from typing import Any
@@ -11,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 from fastapi.testclient import TestClient
 
-from luthier.api import form, limits
+from luthier.api import form, heads, limits
 from luthier.api.services import Services
 from tests.api import driving
 from tests.api.conftest import FakeRouter, Live
@@ -164,10 +166,59 @@ def test_a_form_that_trickles_is_given_up(live: Live, services: Services, monkey
     assert not incoming.exists() or not list(incoming.iterdir())
 
 
+def test_headers_without_an_end(live: Live) -> None:
+    with line_to(live) as line:
+        line.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        for _ in range(40):
+            line.sendall(b"a" * 8192)
+            time.sleep(0.005)
+            if select.select([line], [], [], 0)[0]:
+                break
+        assert answered(line) == (431, {"error"})
+
+
+def test_headers_that_trickle_are_given_up(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "HEAD_SECONDS", 0.3)
+    for begun in (b"", b"GET /v1/mod", b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"):
+        with line_to(live) as line:
+            line.sendall(begun)
+            assert answered(line) == (408, {"error"})
+
+
+def test_what_is_no_http(live: Live) -> None:
+    with line_to(live) as line:
+        line.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")  # somebody speaks TLS
+        assert answered(line) == (400, {"error"})
+
+
+def test_one_connection_carries_many_heads(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds are of each head, not of a connection."""
+    monkeypatch.setattr(heads, "HEAD_BYTES", 4096)
+    with line_to(live) as line:
+        for _ in range(8):
+            padding = f"X-Padding: {'a' * 3000}\r\n"
+            asked = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {live.key}\r\n{padding}\r\n".encode()
+            line.sendall(asked[:1500])
+            time.sleep(0.01)
+            line.sendall(asked[1500:])
+            assert answered(line)[0] == 200
+
+
+def line_to(live: Live) -> socket.socket:
+    there = urlsplit(live.base_url)
+    return socket.create_connection((there.hostname, there.port), timeout=20)
+
+
+def answered(line: socket.socket) -> tuple[int, set[str]]:
+    """(status, the JSON body's keys) of what comes next on `line`."""
+    said = http.client.HTTPResponse(line)
+    said.begin()
+    return said.status, set(json.loads(said.read()))
+
+
 def trickled(live: Live, path: str, head: str, begun: bytes) -> int:
     """The status that answers a request whose body begins and does not go on."""
-    there = urlsplit(live.base_url)
-    with socket.create_connection((there.hostname, there.port), timeout=20) as line:
+    with line_to(live) as line:
         line.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {live.key}\r\n{head}\r\n\r\n".encode())
         line.sendall(begun)
         deadline, said = time.monotonic() + 20, b""
