@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ import pytest
 
 from luthier import cli
 from luthier.cli.check import BARS, fewer
+from luthier.work.launch import descendants
 from tests import tiny as tiny_models
 from tests.data.record_files import ANSWER, USER, chat
 from tests.data.test_doctor import row, write
@@ -155,3 +161,31 @@ def test_fewer_bars_lose_no_row() -> None:
     assert len(shown) <= BARS
     assert (shown[0][0], shown[-1][1], sum(count for _, _, count in shown)) == (0, 100, sum(n % 5 for n in range(100)))
     assert all(before[1] == after[0] for before, after in pairwise(shown))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+def test_nothing_is_left_running(tmp_path: Path, number: signal.Signals) -> None:
+    path = write(tmp_path / "a.jsonl", [row(n, "word " * 20_000) for n in range(200)])
+    command = [sys.executable, "-m", "luthier.cli", "data", "check", str(path), "--processes", "2"]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        while len(below := descendants(process.pid)) < 3:  # two, and the one that counts shared resources
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.kill()
+        _, said = process.communicate()
+    assert process.returncode == (-number if number == signal.SIGKILL else 130)
+    assert b"Traceback" not in said
+    deadline = time.monotonic() + 30
+    while any(_runs(pid) for pid in below):
+        assert time.monotonic() < deadline, below
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    """Whether that process is there, and not only its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

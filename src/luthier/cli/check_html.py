@@ -34,14 +34,16 @@ def page(report: Report) -> str:
 
 
 def _section(name: str, numbers: dict[str, Any]) -> dict[str, Any]:
-    charts = [_chart(title, numbers[key]) for key, title in CHARTS if numbers.get(key)]
+    spread = [(key, title) for key, title in CHARTS if numbers.get(key) and numbers[key]["min"] != numbers[key]["max"]]
+    charts = [_chart(title, numbers[key]) for key, title in spread]
+    languages = list(numbers["languages"].items())
     classes = numbers.get("classes", [])[:MOST_CLASSES]
     return {
         "name": name,
         "numbers": numbers,
         "charts": charts,
         "classes": _shares(classes),
-        "languages": _shares(list(numbers["languages"].items())),
+        "languages": _shares(languages) if len(languages) > 1 else [],
     }
 
 

@@ -113,7 +113,7 @@ def joined(parts: list[Columns]) -> Columns:
     for part in parts:  # one after another, so that they are never in memory twice
         whole.sketches[start : start + part.examples] = part.sketches
         start += part.examples
-        part.sketches = part.sketches[:0]
+        part.sketches = np.zeros((0, BINS), np.uint16)  # a slice of it would keep all of it
     return whole
 
 

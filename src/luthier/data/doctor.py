@@ -264,7 +264,7 @@ def _repeats(files: Sequence[Scanned]) -> Iterator[Finding]:
     pairs = _groups(np.stack([prompts, answers], axis=1))
     yield from _pointing(files, "duplicate", offset, pairs, "repeats")
     firsts = np.flatnonzero(pairs < 0)
-    near = earlier_alike(_sketches(files)[firsts])
+    near = earlier_alike(_sketches(files), among=firsts)
     points = np.full(len(pairs), -1, np.int64)
     points[firsts] = np.where(near >= 0, firsts[near], -1)
     yield from _pointing(files, "near_duplicate", offset, points, "is almost")

@@ -135,21 +135,25 @@ def alike(one: npt.NDArray[np.uint16], other: npt.NDArray[np.uint16]) -> float:
 # -- who resembles whom ------------------------------------------------------------------------------------------------
 
 
-def earlier_alike(sketches: Sketches, boundary: int | None = None, threshold: float = ALIKE) -> Ids:
-    """For each row an earlier row that is almost the same, or -1.
+def earlier_alike(
+    sketches: Sketches, boundary: int | None = None, threshold: float = ALIKE, among: Ids | None = None
+) -> Ids:
+    """For each row an earlier row that is almost the same, or -1. With `among`, for those rows alone, and by their
+    places among them: the sketches of a large file are not copied.
 
     With `boundary`, rows from there on are compared with rows before it alone. Candidates of a row are the first and
     the nearest earlier row that share a band with it, so equal bands of a million rows stay a million comparisons.
     """
-    found = np.full(len(sketches), -1, np.int64)
+    at = np.arange(len(sketches)) if among is None else among
+    found = np.full(len(at), -1, np.int64)
     for band in range(_BANDS):
-        open_rows = np.flatnonzero(found < 0) if boundary is None else np.arange(len(sketches))
-        part = np.ascontiguousarray(sketches[open_rows, band * _BAND : (band + 1) * _BAND]).view(np.uint64)
+        open_rows = np.flatnonzero(found < 0) if boundary is None else np.arange(len(at))
+        part = np.ascontiguousarray(sketches[at[open_rows], band * _BAND : (band + 1) * _BAND]).view(np.uint64)
         hashes = _mixed(part[:, 0]) * _MULTIPLIER + part[:, 1]
         order = np.argsort(hashes, kind="stable")
         for earlier, later in _candidates(hashes[order], open_rows[order], boundary):
             waiting = found[later] < 0
-            _compare(sketches, earlier[waiting], later[waiting], found, threshold)
+            _compare(sketches, at, earlier[waiting], later[waiting], found, threshold)
     return found
 
 
@@ -169,8 +173,8 @@ def _candidates(hashes: npt.NDArray[np.uint64], rows: Ids, boundary: int | None)
     return [(rows[first[later]], rows[later]), (rows[before[later]], rows[later])]
 
 
-def _compare(sketches: Sketches, earlier: Ids, later: Ids, found: Ids, threshold: float) -> None:
+def _compare(sketches: Sketches, at: Ids, earlier: Ids, later: Ids, found: Ids, threshold: float) -> None:
     for start in range(0, len(later), _BLOCK):
         one, other = earlier[start : start + _BLOCK], later[start : start + _BLOCK]
-        same = np.mean(sketches[one] == sketches[other], axis=1) >= threshold
+        same = np.mean(sketches[at[one]] == sketches[at[other]], axis=1) >= threshold
         found[other[same]] = one[same]

@@ -49,9 +49,8 @@ class Proposer:
 
     def _left(self, findings: Sequence[Finding]) -> int:
         """Rows that stay at least."""
-        gone = {finding.kind: finding.count for finding in findings if any("--dr" in w for w in self._options(finding))}
-        repeats = sum(finding.count for finding in findings if KINDS[finding.kind].mend.startswith("--dedupe"))
-        return self.columns.records - sum(gone.values()) - repeats
+        gone = sum(finding.count for finding in findings if KINDS[finding.kind].mend.startswith(("--drop", "--dedupe")))
+        return self.columns.records - gone
 
     def _command(self, finding: Finding) -> str | None:
         if finding.kind == "convert":

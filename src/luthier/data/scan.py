@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -123,7 +125,8 @@ _HERE: list[tuple[Plan, Look]] = []  # what a process was started with
 def _in_processes(plan: Plan, spans: list[tuple[int, int]], many: int) -> Iterator[Columns]:
     """Results in order; no more than twice as many spans as processes are under way."""
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
-    with ProcessPoolExecutor(many, context, initializer=_start, initargs=(plan,)) as pool:
+    pool = ProcessPoolExecutor(many, context, initializer=_start, initargs=(plan,))
+    try:
         waiting: deque[Future[Columns]] = deque()
         for span in spans:
             waiting.append(pool.submit(_work, span))
@@ -131,13 +134,25 @@ def _in_processes(plan: Plan, spans: list[tuple[int, int]], many: int) -> Iterat
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C only the spans under way are waited for
 
 
 def _start(plan: Plan) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear, which then ends these
     renderer = None
     if plan.folder is not None and plan.template is not None:
         renderer = Renderer(Tokenizer(plan.folder), ChatTemplate(*plan.template), plan.prompt_weight)
     _HERE[:] = [(plan, Look(plan.path.name, renderer, plan.max_length))]
+
+
+def _end_with_parent() -> None:
+    """A pool's process holds both ends of its queue, so it would wait for ever for a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(span: tuple[int, int]) -> Columns:

@@ -130,8 +130,9 @@ def of_file(columns: Columns, tokenised: bool) -> dict[str, Any]:
         "oddest": oddest(columns),
     }
     if tokenised:
-        found["tokens"] = lengths(columns.number("tokens"))
-        found["learnt_tokens"] = lengths(columns.number("learnt"))
+        there = columns.number("tokens") > 0  # not of rows that the template cannot express
+        found["tokens"] = lengths(columns.number("tokens")[there])
+        found["learnt_tokens"] = lengths(columns.number("learnt")[there])
         found["lost_tokens"], found["lost_learnt_tokens"] = columns.lost_tokens, columns.lost_learnt
     labels = classes(columns.answers, columns.examples)
     if labels is not None:
