@@ -55,7 +55,16 @@ def test_a_new_job_has_every_field(client: TestClient, services: Services) -> No
         "user_provided_suffix": None,
         "usage_metrics": None,
         "shared_with_openai": False,
+        "proof": None,
     }
+
+
+def test_what_is_asked_of_a_proof_reaches_the_worker(client: TestClient, services: Services) -> None:
+    job = client.post(JOBS, json=driving.body(services, metric="json", proof_rows=40)).json()
+    known = services.jobs.get(job["id"])
+    assert (known.request["metric"], known.request["proof_rows"]) == ("json", 40)
+    assert refused(client, driving.body(services, metric="my_grader:score"))["param"] == "metric"
+    assert refused(client, driving.body(services, proof_rows=-1))["param"] == "proof_rows"
 
 
 def test_what_is_asked_comes_back_and_reaches_the_worker(client: TestClient, services: Services) -> None:

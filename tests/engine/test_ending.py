@@ -18,7 +18,7 @@ from luthier.spec.data import Completion
 from luthier.spec.proof import Proof
 from luthier.spec.report import Report
 from luthier.spec.run import RunFolder
-from tests.engine.runs import chats, events, lay_out, train, weights, write
+from tests.engine.runs import chats, events, lay_out, refused, train, weights, write
 
 LABELS = (" yes", " no")
 
@@ -161,6 +161,14 @@ def test_a_proof_that_ends_its_process_again_and_again_is_left_out(tmp_path: Pat
         run.emit("phase", name="prove", message="")
     assert carry_out(run) == 0
     assert report_of(run).proof_note == "The proof was left out: it ended its process 3 times."
+
+
+def test_a_metric_that_the_rows_cannot_have_is_refused_before_the_first_step(
+    tmp_path: Path, tiny: Path, pairs: Path
+) -> None:
+    failed = refused(tmp_path / "run", tiny, pairs, validation="0.2", metric="numeric")
+    assert (failed["code"], failed["param"]) == ("invalid_setting", "metric")
+    assert "found the reference" in failed["message"]
 
 
 def test_no_rows_held_out_no_proof(tmp_path: Path, tiny: Path, pairs: Path) -> None:

@@ -108,6 +108,10 @@ TABLE: dict[str, tuple[dict[str, Any], Look]] = {
         {"proof_rows": 1, "validation": "0.2"},
         lambda run, _: is_true(len(json.loads(run.report.read_text())["proof"]["rows"]) == 1),
     ),
+    "proof_memory": (
+        {"proof_memory": "run", "validation": "0.2"},
+        lambda run, plain: is_true(len(list(run.answers.glob("*.jsonl"))) == 2 and not plain.answers.exists()),
+    ),
     "proof_examples": (
         {"proof_examples": 0, "validation": "0.2"},
         lambda run, _: is_true(

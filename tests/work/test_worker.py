@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 import signal
@@ -84,10 +85,35 @@ def test_a_job_becomes_a_model(bench: Bench) -> None:
     assert rows[1]["valid_loss"] == "" and float(rows[2]["full_valid_loss"]) > 0
     assert all(cell == "" or float(cell) == float(cell) for row in rows for cell in row.values())
 
+    assert job.proof is not None
+    assert {way["name"] for way in job.proof["ways"]} == {"base", "examples", "tuned"}
+    assert "rows" not in job.proof
+    assert f"Proof: {job.proof['sentence']}" in said
+    names = [bench.files.get(file_id).filename for file_id in job.result_files]
+    assert names == ["step_metrics.csv", "report.json", "report.html"]
+    with bench.files.open(job.result_files[1]) as handle:
+        assert [row["wanted"] for row in json.load(handle)["proof"]["rows"]] == [
+            record["messages"][1]["content"] for record in chats(3, 50)
+        ]
+    left = {path.name for path in (bench.database.home / "runs" / job.id).iterdir()}
+    assert left & {"data", "answers", "report.json", "report.html"} == set()  # they show held-out rows
+
     second = bench.ended(bench.submit(model=model.name, parent=model.name))
     assert second.status == "succeeded", second.error
+    assert (second.proof, len(second.result_files)) == (None, 1)  # nothing was held out
     assert str(second.fine_tuned_model).startswith("ft:tiny:acme-inc::")
     assert float(table(bench, second.result_files[0])[0]["train_loss"]) < float(rows[0]["train_loss"])
+
+
+def test_what_a_job_asks_of_its_proof_reaches_the_engine(bench: Bench) -> None:
+    bench.start()
+    job = bench.ended(bench.submit(validation=chats(4, 50), metric="text", proof_rows=2))
+    assert job.status == "succeeded", job.error
+    assert job.proof is not None
+    assert (job.proof["metric"], job.proof["why"]) == ("text", "Named by the request.")
+    assert job.proof["chosen"].startswith("2 of 4 held-out rows")
+    none = bench.ended(bench.submit(validation=chats(4, 50), proof_rows=0))
+    assert (none.status, none.proof, len(none.result_files)) == ("succeeded", None, 1)
 
 
 def test_a_legacy_job_becomes_a_model(bench: Bench) -> None:

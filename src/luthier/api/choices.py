@@ -83,6 +83,14 @@ first, all of them.
 server-sent events, then live until the job is over, as fine-tunes have it. Silence is filled with a comment every 15
 seconds. Fine-tunes tell sentences only, jobs measurements too.
 
+**Proofs.** A job with a validation file ends by proving its model: some of the file's rows are answered by the base,
+by the base with the nearest training rows in its prompt, and by the result, in at most a third of the training time.
+As an extension the job's `proof` has what came of it (the metric and why, a score with a 95% interval for each way,
+paired tests, rows that turned, costs), an event tells it in a sentence, and the result files are followed by
+`report.json` (every row and answer) and `report.html`; the table of steps stays the first. `metric` and `proof_rows`
+in the request choose otherwise. What a grader of one's own would run is code, so none can be named over the API.
+Fine-tunes are proven too, and their one result file stays one.
+
 **One organisation.** Every key sees every file, job and model; a key's role decides only over administration.
 Permissions on checkpoints are kept and listed and open nothing more. Any key may manage them: the official client
 sends its ordinary one. Organisation and project headers are accepted and not looked at.

@@ -31,7 +31,7 @@ LONGEST_NAME = 4096  # characters: a path, or a URL that a client downloaded fro
 EXPIRES_FROM, EXPIRES_TO = 3600, 2_592_000  # seconds: an hour, 30 days
 EXPIRY_FIELDS = ("expires_after[anchor]", "expires_after[seconds]")
 BATCH_EXPIRES = EXPIRES_TO  # what a batch file gets that names nothing
-LEGACY_RESULTS = "compiled_results.csv"
+PLAIN_RESULTS = ("compiled_results.csv", "report.json", "report.html")  # never as base64
 LEGACY_CLIENT = re.compile(r"OpenAI/v1 PythonBindings/0\.")
 
 Serve = Annotated[Services, Depends(services)]
@@ -224,7 +224,7 @@ def _open(serve: Services, file_id: str) -> tuple[File, BinaryIO]:
 
 
 def _as_base64(file: File, agent: str, settings: Settings) -> bool:
-    if file.purpose != "fine-tune-results" or file.filename == LEGACY_RESULTS or settings.results == "raw":
+    if file.purpose != "fine-tune-results" or file.filename in PLAIN_RESULTS or settings.results == "raw":
         return False
     return settings.results == "base64" or not LEGACY_CLIENT.match(agent)
 

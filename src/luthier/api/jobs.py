@@ -58,6 +58,8 @@ def create(asked: JobRequest, request: Request, at: At, key: Caller) -> dict[str
             "metadata": asked.metadata,
             "method": {"type": "supervised"},
             "hyperparameters": numbers,
+            "metric": asked.metric,
+            "proof_rows": asked.proof_rows,
             "integrations": [one.model_dump() for one in asked.integrations or []],
         },
         model=start.model,
@@ -188,5 +190,7 @@ CREATE_FIELDS: dict[str, tuple[str, str]] = {
     "method": ("supported", "`supervised`; unknown keys are refused."),
     "method.dpo": ("refused", "Not offered by this version."),
     "method.reinforcement": ("refused", "Not offered by this version."),
+    "metric": ("supported", "An extension: how the validation file's answers are scored when the job is over."),
+    "proof_rows": ("supported", "An extension: how many of its rows base and result answer; `auto`, or 0 for none."),
     "hyperparameters": ("supported", "The older place of the method's; a name with two different values is refused."),
 }

@@ -25,6 +25,7 @@ from luthier.store.jobs import TERMINAL, Job
 Auto = Literal["auto"]
 MOST_EPOCHS = 50
 LARGEST_BATCH = 256
+MOST_PROOF_ROWS = 10_000
 LARGEST_SEED = 2**31 - 1
 
 
@@ -85,6 +86,12 @@ Seed = Annotated[
     int,
     PlainValidator(whole(0, LARGEST_SEED, auto=False)),
     WithJsonSchema({"type": "integer", "minimum": 0, "maximum": LARGEST_SEED}),
+]
+Metric = Literal[
+    "auto", "exact_match", "classification", "json", "tool_calls", "numeric", "text", "perplexity"
+]  # never a grader of the user's own: that is code
+ProofRows = Annotated[
+    int | Auto, PlainValidator(whole(0, MOST_PROOF_ROWS)), _or_auto(type="integer", minimum=0, maximum=MOST_PROOF_ROWS)
 ]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(clean)]
 Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(clean)]
@@ -160,6 +167,8 @@ class JobRequest(Strict):
     integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
+    metric: Metric | None = None
+    proof_rows: ProofRows | None = None
 
 
 def shown_status(job: Job) -> str:
@@ -168,7 +177,8 @@ def shown_status(job: Job) -> str:
 
 
 def job_object(job: Job, organization: str) -> dict[str, Any]:
-    """A fine_tuning.job. `error` is an object of nulls as long as nothing failed, as OpenAI's service answers."""
+    """A fine_tuning.job, with its `proof` as an extension. `error` is an object of nulls as long as nothing failed, as
+    OpenAI's service answers."""
     numbers = hyperparameters(job)
     status = shown_status(job)
     return {
@@ -194,6 +204,7 @@ def job_object(job: Job, organization: str) -> dict[str, Any]:
         "user_provided_suffix": job.suffix,
         "usage_metrics": None,
         "shared_with_openai": False,
+        "proof": job.proof,
     }
 
 

@@ -21,6 +21,7 @@ from luthier.data.render import Renderer
 from luthier.engine import evaluate, generate, models, prove
 from luthier.engine.answers import Asker
 from luthier.engine.setup import Ready
+from luthier.proof import choose
 from luthier.proof.neighbours import MOST_ROWS
 from luthier.proof.page import curves, page
 from luthier.spec.data import Example, Problem
@@ -60,6 +61,18 @@ class HeldOut:
             places = [places[n] for n in sorted(picked)]
         held = list(dict.fromkeys(ready.validation.places))
         return cls(ready.request, ready.renderer, ready.settings.precision, seed, places, held)
+
+    def examples(self, heed: Callable[[], None]) -> list[Example]:
+        """The rows that were held out, read again. Raises LuthierError when they are not there any more."""
+        shared = validation_share(self.request.validation) is not None
+        return _read(self.request.data if shared else [str(self.request.validation)], self.validation, heed)
+
+    def check_metric(self, heed: Callable[[], None]) -> None:
+        """Raises BadSetting for a metric that was named and that these rows cannot have: before the first step, not
+        after the last."""
+        if self.request.metric != "auto":
+            asked = map(self.renderer.question, self.examples(heed))
+            choose.choose(self.request.metric, [question[1] for question in asked if question is not None])
 
 
 def end(
@@ -113,8 +126,7 @@ def _tries(run: RunFolder) -> int:
 def _prove(run: RunFolder, held: HeldOut, train_seconds: float, emit: Emit, heed: Callable[[], None]) -> Proof:
     begun = time.monotonic()
     request = held.request
-    shared = validation_share(request.validation) is not None
-    examples = _read(request.data if shared else [str(request.validation)], held.validation, heed)
+    examples = held.examples(heed)
     known = _read(request.data, held.training, heed)
     loaded = models.load_for_use(str(run.path), held.precision)
     model: Any = loaded.model
@@ -131,7 +143,7 @@ def _prove(run: RunFolder, held: HeldOut, train_seconds: float, emit: Emit, heed
         seconds=max(0.0, train_seconds * SHARE - (time.monotonic() - begun)) if auto else None,
         examples=request.proof_examples,
         seed=held.seed,
-        memory=prove.memory_folder(),
+        memory=prove.memory_folder() if request.proof_memory == "shared" else run.answers,
         why_seconds="a third of the training time",
     )
 

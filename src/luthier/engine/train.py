@@ -39,7 +39,6 @@ METRICS = (
     "validation_loss", "validation_token_accuracy",
 )  # fmt: skip
 
-
 SPEC_KEYS = {"request", "settings", "base", "template", "data", "validation"}
 
 
@@ -70,6 +69,9 @@ def train(run: RunFolder, estimate: bool = False) -> None:
 
     try:
         ready = make_ready(run, request, emit, resumed, leads=rank == 0, heed=heed)
+        held = HeldOut.of(ready)
+        if held is not None:
+            held.check_metric(heed)
         loop = Loop(run, ready, emit, rank, ranks, begun)
         counts = loop.announce()
         if not found:
@@ -82,8 +84,7 @@ def train(run: RunFolder, estimate: bool = False) -> None:
             loop.restore(start, found[1]["progress"])
         loop.go(start)
         start = loop.step
-        report, held = loop.finish(), HeldOut.of(ready) if rank == 0 else None
-        train_seconds = loop.progress["seconds"]
+        report, train_seconds = loop.finish(), loop.progress["seconds"]
         del loop, ready  # the weights that learnt: what is proven is the model that was published
         if report is not None:
             end(run, report, held, train_seconds, emit, heed)

@@ -50,6 +50,10 @@ class TrainRequest(BaseModel):
     proof_examples: Annotated[int, Field(ge=0)] = Field(
         default=EXAMPLES, description="Training rows in the prompt when the base is asked with examples; 0: not asked."
     )
+    proof_memory: Literal["shared", "run"] = Field(
+        default="shared",
+        description="Where the answers of a proof are kept: shared by all runs on this machine, or in the run folder.",
+    )
     continue_from: str | None = Field(
         default=None, description="Go on from this tuned model's weights: a run, an adapter or a full model of --model."
     )

@@ -10,6 +10,7 @@
       model/            the result: adapter or full model, tokenizer, template, generation_config
       report.json       what was measured
       report.html       the same as a page
+      answers/          answers of the proof, when they are not to be shared with other runs
       engine.log        what the engine process printed
       stop              the stop note: the engine checkpoints and leaves when it sees it
       lock              held (flock) by the engine that owns the run
@@ -135,6 +136,7 @@ class RunFolder:
         self.published = self.path / "published"
         self.model = self.path / "model"
         self.report = self.path / "report.json"
+        self.answers = self.path / "answers"
         self.page = self.path / "report.html"
         self.log = self.path / "engine.log"
         self.stop_note = self.path / "stop"

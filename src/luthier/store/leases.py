@@ -100,6 +100,7 @@ class Leases:
         lease: Lease,
         *,
         hyperparameters: dict[str, Any] | None = None,
+        proof: dict[str, Any] | None = None,
         run_folder: Path | None = None,
         trained_tokens: int | None = None,
         estimated_finish: int | None = None,
@@ -107,6 +108,7 @@ class Leases:
         """Write down what is known by now; None leaves a field. Raises LeaseLost; UserError for a folder outside."""
         given = {
             "hyperparameters": hyperparameters,
+            "proof": proof,
             "run_folder": None if run_folder is None else self.database.inside(run_folder),
             "trained_tokens": trained_tokens,
             "estimated_finish": estimated_finish,

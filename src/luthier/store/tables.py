@@ -145,6 +145,7 @@ jobs = Table(
     Column("wanted", String(8), nullable=False),
     Column("error", Json),
     Column("hyperparameters", Json),
+    Column("proof", Json),
     Column("fine_tuned_model", AnyText),
     Column("result_files", Json, nullable=False),
     Column("trained_tokens", BigInteger),

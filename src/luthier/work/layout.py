@@ -32,6 +32,7 @@ NAMES = {  # a job's hyperparameter -> the engine's option
 }
 LEGACY_MULTIPLIER = 0.1  # the older API's usual value: it means this server's own rate
 CLASSIFICATION = ("classification_n_classes", "classification_positive_class", "classification_betas")
+PROOF = ("metric", "proof_rows")
 PLACES = ("model", "data", "validation", "continue_from")  # fields of a request that name files
 PARAMS = {  # the engine's word for what was wrong -> the job's
     "data": "training_file",
@@ -43,7 +44,7 @@ PARAMS = {  # the engine's word for what was wrong -> the job's
     "learning_rate": "learning_rate_multiplier",
     "learning_rate_multiplier": "learning_rate_multiplier",
     "prompt_loss_weight": "prompt_loss_weight",
-    **{name: name for name in CLASSIFICATION},
+    **{name: name for name in (*CLASSIFICATION, *PROOF)},
 }
 
 
@@ -131,9 +132,11 @@ def _request(database: Database, bases: Bases, job: Job, run: RunFolder) -> dict
         "template": "auto",  # nobody can be asked for another when the base's own has no place for tools
         "overlong": "truncate",  # as OpenAI does; a warning says how much was lost
         "publish_checkpoints": KEPT_CHECKPOINTS,
+        "proof_memory": "run",  # what the client deletes shall be gone
     }
     if job.validation_file is not None:
         values["validation"] = str(data_file(run, "validation"))
+    values |= {name: asked[name] for name in PROOF if asked.get(name) is not None}
     if asked.get("parent") is not None:
         values["continue_from"] = str(Models(database).get(asked["parent"]).folder)
     given = asked.get("hyperparameters") or {}

@@ -91,6 +91,7 @@ class Recorder:
                 self._todo.append(("checkpoint", (offset, event, dict(self._last))))
         elif kind in TERMINAL:
             self.terminal = event
+            self._see_proof(offset, event, new)
 
     def _see_forecast(self, offset: int, event: dict[str, Any], new: bool) -> None:
         left = event["seconds"] - event["load_seconds"]
@@ -100,6 +101,13 @@ class Recorder:
             text = f"Forecast: {max(1, round(left / 60))} min from now, at most {memory:.1f} GB of memory"
             data = {name: value for name, value in event.items() if name not in ("time", "type")}
             self._say(offset, event, text, data=data)
+
+    def _see_proof(self, offset: int, event: dict[str, Any], new: bool) -> None:
+        report = event.get("report") or {}
+        if proof := report.get("proof"):
+            self._record(proof=proof)
+            if new and self.job.kind == "modern":
+                self._say(offset, event, f"Proof: {proof['sentence']}", data={"proof": proof})
 
     def _see_step(self, offset: int, event: dict[str, Any], new: bool) -> None:
         step, steps = event["step"], event["steps"]

@@ -34,7 +34,7 @@ from luthier.work.hold import Hold
 from luthier.work.launch import Child
 from luthier.work.layout import FileGone, blob_of, lay_out
 from luthier.work.record import Recorder, unregister
-from luthier.work.results import FILENAMES, result_table
+from luthier.work.results import FILENAMES, REPORTS, result_table
 from luthier.work.validate import Refusal, unread, verdict_of
 
 logger = logging.getLogger("luthier.work")
@@ -245,31 +245,44 @@ class Worker:
         finally:
             recorder.trackers.finish("succeeded" if fate.kind == "finished" else fate.kind)
         if self.jobs.get(job.id).status in TERMINAL:  # what the client deletes shall be gone
-            shutil.rmtree(run.path / "data", ignore_errors=True)
+            for left in ("data", "answers"):
+                shutil.rmtree(run.path / left, ignore_errors=True)
+            for name in REPORTS:  # they show held-out rows
+                (run.path / name).unlink(missing_ok=True)
 
     def _succeed(self, job: Job, lease: Lease, run: RunFolder, recorder: Recorder) -> None:
         """Model and result file, then the end. Repeated after a crash it comes to the same."""
         model = recorder.register(run.model)
-        result = self._result_file(job, run)
+        results = self._result_files(job, run)
         tokens = int((recorder.terminal or {})["report"]["trained_tokens"])
         try:
-            ended = self.leases.finish(lease, fine_tuned_model=model.name, result_files=[result], trained_tokens=tokens)
+            ended = self.leases.finish(lease, fine_tuned_model=model.name, result_files=results, trained_tokens=tokens)
         except LeaseLost:
             ended = self.jobs.get(job.id)  # whoever has the job now may be about to register the same
             if ended.status not in ("cancelled", "failed"):
                 raise
         if ended.status != "succeeded":
             unregister(recorder.models, model.name)
-            with contextlib.suppress(NotFound):
-                self.files.delete(result)
+            for result in results:
+                with contextlib.suppress(NotFound):
+                    self.files.delete(result)
 
-    def _result_file(self, job: Job, run: RunFolder) -> str:
-        """The id of the job's result file; the note beside the run remembers it for a repeated end."""
+    def _result_files(self, job: Job, run: RunFolder) -> list[str]:
+        """The ids of the job's result files; the note beside the run remembers them for a repeated end.
+
+        The table of steps comes first, where clients look for it; the report and its page follow when there is a
+        proof, except for a fine-tune of the older API, whose clients take one file for granted.
+        """
         note = run.path / "result.json"
         if note.is_file():
-            with contextlib.suppress(NotFound, ValueError, KeyError):
-                return self.files.get(json.loads(note.read_text())["id"]).id
-        table = result_table(run, job)
-        made = self.files.create([table], filename=FILENAMES[job.kind], purpose="fine-tune-results")
-        write_json(note, {"id": made.id})
-        return made.id
+            with contextlib.suppress(NotFound, ValueError, KeyError, TypeError):
+                return [self.files.get(known).id for known in json.loads(note.read_text())["ids"]]
+        contents = {FILENAMES[job.kind]: result_table(run, job)}
+        if job.kind == "modern" and (self.jobs.get(job.id).proof is not None):
+            contents |= {name: (run.path / name).read_bytes() for name in REPORTS}
+        made = [
+            self.files.create([content], filename=name, purpose="fine-tune-results").id
+            for name, content in contents.items()
+        ]
+        write_json(note, {"ids": made})
+        return made
