@@ -321,3 +321,24 @@ def test_supervised_tokens_are_counted_as_training_counts_them(loaded: models.Lo
     assert report.tuned is not None
     rows = [row for example in CHATS for row in renderer.rows(example)]
     assert report.tuned.supervised_tokens == sum(int(np.count_nonzero(row.weights)) for row in rows)
+
+
+def test_texts_are_also_compared_by_the_bases_states(adapted: models.Loaded, renderer: Renderer) -> None:
+    """Again, one text at a time, without padding."""
+    rows: list[Example] = [
+        asked(f"say {n}", f"a long answer with the words number {n} and more than forty characters") for n in range(5)
+    ]
+    report = evaluate(adapted, renderer, rows, max_tokens=4)
+    assert report.proof is not None and report.proof.metric == "text"
+
+    def state(text: str) -> torch.Tensor:
+        ids = torch.tensor([renderer.tokenizer.plain(text)])
+        with torch.no_grad(), adapted.model.disable_adapter():  # type: ignore[operator]
+            return step.inner(adapted.model).get_decoder()(input_ids=ids).last_hidden_state[0].double().mean(0)
+
+    wanted = torch.stack([state(row.wanted) for row in report.proof.rows])
+    for way in report.proof.ways:
+        said_states = torch.stack([state(row.answers[way.name]) for row in report.proof.rows])
+        left, right = said_states - wanted.mean(0), wanted - wanted.mean(0)
+        cosines = (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1))
+        assert way.details["embedding"] == pytest.approx(float(cosines.mean()), abs=1e-4)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from luthier.data.render import Unrenderable
-from luthier.engine import adapters, catalogue, install, models, step
+from luthier.engine import adapters, catalogue, embed, install, models, step
 from luthier.engine.answers import Answer, Asker, Memory, Question, answer_of, asked_of, cost
 from luthier.engine.forest import Row
 from luthier.proof import choose, classes, judge
@@ -216,6 +216,8 @@ class _Prover:
         order = sorted(range(len(self.rows)), key=lambda n: self.order[n])  # as the file has them
         rows = [self.rows[n] for n in order]
         scored = judge.score_answers(metric, rows, [self.questions[n].example for n in order])
+        if metric.name == "text":
+            scored = self._with_likeness(rows, scored)
         costs = {
             way.name: cost([each.prompt for each in way.asked], way.answers, way.latency)
             for way in self.ways
@@ -232,6 +234,23 @@ class _Prover:
             examples=self.plan.examples if self.neighbours else 0,
             costs=costs,
         )
+
+    def _with_likeness(self, rows: Sequence[ProofRow], scored: dict[WayName, Scored]) -> dict[WayName, Scored]:
+        """How near answers are to their references in meaning, by the states of the base (of the only model there is,
+        without one)."""
+        tokenizer = self.asker.renderer.tokenizer
+        with self.ways[-1].open() as model:
+            states = {
+                name: embed.mean_states(model, [tokenizer.plain(text) for text in texts], tokenizer.pad_id)
+                for name, texts in {
+                    "wanted": [row.wanted for row in rows],
+                    **{way: [row.answers[way] for row in rows] for way in scored},
+                }.items()
+            }
+        return {
+            way: found + {"embedding": mean(embed.likeness(states[way], states["wanted"]))}
+            for way, found in scored.items()
+        }
 
     def _chosen(self) -> str:
         asked, there = len(self.rows), len(self.questions)
