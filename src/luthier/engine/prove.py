@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from luthier.data.render import Unrenderable
 from luthier.engine import adapters, catalogue, embed, install, models, step
@@ -240,17 +241,13 @@ class _Prover:
         without one)."""
         tokenizer = self.asker.renderer.tokenizer
         with self.ways[-1].open() as model:
-            states = {
-                name: embed.mean_states(model, [tokenizer.plain(text) for text in texts], tokenizer.pad_id)
-                for name, texts in {
-                    "wanted": [row.wanted for row in rows],
-                    **{way: [row.answers[way] for row in rows] for way in scored},
-                }.items()
-            }
-        return {
-            way: found + {"embedding": mean(embed.likeness(states[way], states["wanted"]))}
-            for way, found in scored.items()
-        }
+
+            def states(texts: Sequence[str]) -> Tensor:
+                return embed.mean_states(model, [tokenizer.plain(text) for text in texts], tokenizer.pad_id)
+
+            wanted = states([row.wanted for row in rows])
+            said = {way: states([row.answers[way] for row in rows]) for way in scored}
+        return {way: found + {"embedding": mean(embed.likeness(said[way], wanted))} for way, found in scored.items()}
 
     def _chosen(self) -> str:
         asked, there = len(self.rows), len(self.questions)
