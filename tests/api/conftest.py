@@ -21,6 +21,7 @@ from luthier.api.services import Services
 from luthier.settings import Settings
 from luthier.spec.bases import Bases
 from luthier.spec.serving import Ask, Part, Token
+from luthier.store.aliases import Aliases
 from luthier.store.completions import Completions
 from luthier.store.db import Database
 from luthier.store.files import Files
@@ -112,6 +113,7 @@ def make_services(settings: Settings, database: Database, router: Any, folders: 
         leases=Leases(database),
         history=History(database),
         models=Models(database),
+        aliases=Aliases(database),
         keys=Keys(database),
         completions=Completions(database),
         router=router,

@@ -67,6 +67,22 @@ def test_what_is_asked_of_a_proof_reaches_the_worker(client: TestClient, service
     assert refused(client, driving.body(services, proof_rows=-1))["param"] == "proof_rows"
 
 
+def test_a_job_carries_thresholds(client: TestClient, services: Services) -> None:
+    asked = {"max_forgetting": 0.05, "forgetting": 200}
+    job = client.post(JOBS, json=driving.body(services, **asked)).json()
+    known = services.jobs.get(job["id"]).request
+    assert {name: known[name] for name in asked} == asked
+    for wrong, param in (
+        ({"must_improve": 0.1}, "must_improve"),
+        ({"max_forgetting": 0.1, "forgetting": "off"}, "max_forgetting"),
+        ({"max_forgetting": 2}, "max_forgetting"),
+        ({"must_improve": "much"}, "must_improve"),
+        ({"forgetting": 0}, "forgetting"),
+        ({"forgetting": "some"}, "forgetting"),
+    ):
+        assert refused(client, driving.body(services, **wrong))["param"] == param
+
+
 def test_what_is_asked_comes_back_and_reaches_the_worker(client: TestClient, services: Services) -> None:
     asked = driving.body(
         services,

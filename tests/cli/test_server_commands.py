@@ -15,6 +15,7 @@ import pytest
 from luthier import cli
 from luthier.api.services import Services
 from luthier.settings import Settings
+from luthier.store.aliases import Verdict
 from luthier.store.db import Database
 from tests import tiny as tiny_models
 from tests.api import driving
@@ -162,6 +163,36 @@ def test_models_of_a_server(
     assert capsys.readouterr().out == "Deleted ft:tiny:luthier::12345678.\n"
     assert called("models", "delete", "ft:tiny:luthier::12345678", "--json") == 2
     assert lines(capsys)[-1]["code"] == "not_found"
+
+
+def test_aliases_of_a_server(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    alias, one, two, bad = "shop@production", *(f"ft:tiny:luthier:{name}:12345678" for name in ("one", "two", "bad"))
+    for name in (one, two, bad):
+        driving.register(services, name)
+    services.aliases.judge(bad, Verdict(False, ["It forgot too much."]))
+    assert called("models", "aliases") == 0
+    assert "No aliases" in capsys.readouterr().out
+    assert called("models", "promote", alias, one, "--if-version", "0", "--json") == 0
+    assert lines(capsys)[-1]["version"] == 1
+    assert called("models", "promote", alias, two) == 0
+    assert capsys.readouterr().out == f"{alias} means {two} now (version 2).\n"
+    assert called("models", "promote", alias, bad) == 2
+    assert "It forgot too much." in capsys.readouterr().err
+    assert called("models", "rollback", alias, "--if-version", "1") == 2
+    assert "its version is 2, not 1" in capsys.readouterr().err
+    assert called("models", "rollback", alias) == 0
+    assert called("models", "aliases") == 0
+    assert f"{alias}  ->  {one}  (version 3" in capsys.readouterr().out
+    assert called("models", "aliases", "--json") == 0
+    assert lines(capsys)[-1]["model"] == one
+    assert called("models", "aliases", alias) == 0
+    assert [line.split()[-2:] for line in capsys.readouterr().out.splitlines()] == [
+        ["promote", one],
+        ["promote", two],
+        ["rollback", one],
+    ]
+    assert called("models", "aliases", "shop@gone") == 2
+    assert "luthier models aliases" in capsys.readouterr().err
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------

@@ -108,6 +108,20 @@ TABLE: dict[str, tuple[dict[str, Any], Look]] = {
         {"proof_rows": 1, "validation": "0.2"},
         lambda run, _: is_true(len(json.loads(run.report.read_text())["proof"]["rows"]) == 1),
     ),
+    "forgetting": (
+        {"forgetting": 1},
+        lambda run, plain: is_true(
+            [json.loads(one.report.read_text())["forgetting"] is None for one in (run, plain)] == [False, True]
+        ),
+    ),
+    "must_improve": (
+        {"must_improve": 1e9, "validation": "0.2"},
+        lambda run, _: is_true(json.loads(run.report.read_text())["gate"]["passed"] is False),
+    ),
+    "max_forgetting": (
+        {"max_forgetting": 1.0, "forgetting": 1},
+        lambda run, _: is_true(json.loads(run.report.read_text())["gate"]["passed"] is True),
+    ),
     "proof_memory": (
         {"proof_memory": "run", "validation": "0.2"},
         lambda run, plain: is_true(len(list(run.answers.glob("*.jsonl"))) == 2 and not plain.answers.exists()),

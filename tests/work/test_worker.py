@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from luthier.spec.run import RunFolder
+from luthier.store.aliases import Aliases, GateClosed
 from luthier.work.launch import descendants
 from luthier.work.layout import lay_out
 from luthier.work.record import Recorder
@@ -103,6 +104,18 @@ def test_a_job_becomes_a_model(bench: Bench) -> None:
     assert (second.proof, len(second.result_files)) == (None, 1)  # nothing was held out
     assert str(second.fine_tuned_model).startswith("ft:tiny:acme-inc::")
     assert float(table(bench, second.result_files[0])[0]["train_loss"]) < float(rows[0]["train_loss"])
+
+
+def test_a_job_that_misses_its_thresholds_is_kept_and_not_promoted(bench: Bench) -> None:
+    bench.start()
+    job = bench.ended(bench.submit(validation=chats(4, 50), must_improve=1e9, forgetting="off", proof_rows=2))
+    assert job.status == "succeeded" and job.fine_tuned_model is not None
+    [refusal] = [text for text in bench.said(job) if text.startswith("Not to be promoted: ")]
+    aliases = Aliases(bench.database)
+    with pytest.raises(GateClosed) as closed:
+        aliases.promote("shop@production", job.fine_tuned_model)
+    assert refusal.removeprefix("Not to be promoted: ") in closed.value.message
+    assert aliases.resolve(job.fine_tuned_model).folder.is_dir()
 
 
 def test_what_a_job_asks_of_its_proof_reaches_the_engine(bench: Bench) -> None:

@@ -14,6 +14,7 @@ from fastapi import Depends, FastAPI
 
 from luthier import __version__
 from luthier.api import (
+    aliases,
     chat,
     checks,
     completions,
@@ -47,6 +48,7 @@ ROUTERS = (
     models.router,
     jobs.router,
     permissions.router,
+    aliases.router,
     legacy.router,
     engines.router,
     chat.router,

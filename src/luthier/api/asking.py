@@ -46,8 +46,11 @@ class Start:
 def start_from(at: Services, asked: str) -> Start:
     """Raises ApiError 404 when no model has that name and no base is meant by it."""
     try:
-        model = at.models.get(asked)
-        return Start(model.base, model.name, None)
+        model = at.aliases.resolve(asked)
+        note = (
+            None if model.name == asked else f"The model {asked} means {model.name} now; the job goes on from that one."
+        )
+        return Start(model.base, model.name, note)
     except NotFound:
         pass
     try:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from luthier.api import chat_wire, completions, health, jobs, legacy_wire, metrics, permissions
+from luthier.api import aliases, chat_wire, completions, health, jobs, legacy_wire, metrics, permissions
 from luthier.api.app import ROUTERS
 from luthier.api.choices import CHOICES, ELSEWHERE
 
@@ -46,6 +46,8 @@ FIELDS: dict[str, Table] = {
     "POST /v1/uploads/{upload_id}/complete": COMPLETE_FIELDS,
     "POST /v1/fine_tuning/jobs": jobs.CREATE_FIELDS,
     "POST /v1/fine_tuning/checkpoints/{checkpoint}/permissions": permissions.CREATE_FIELDS,
+    "POST /v1/luthier/aliases/{alias}": aliases.PROMOTE_FIELDS,
+    "POST /v1/luthier/aliases/{alias}/rollback": aliases.ROLLBACK_FIELDS,
     "POST /v1/fine-tunes": legacy_wire.CREATE_FIELDS,
     "POST /v1/chat/completions": chat_wire.FIELDS,
     "POST /v1/completions": completions.FIELDS,

@@ -42,6 +42,7 @@ router = APIRouter(tags=["fine-tuning"])
 def create(asked: JobRequest, request: Request, at: At, key: Caller) -> dict[str, Any]:
     """A new job. A repeat of the same request by a client that tries again is answered with the job it made."""
     numbers = _numbers(asked.method, asked.hyperparameters)
+    _thresholds(asked)
     start = start_from(at, asked.model)
     check_file(at, asked.training_file, "training_file")
     if asked.validation_file is not None:
@@ -60,6 +61,9 @@ def create(asked: JobRequest, request: Request, at: At, key: Caller) -> dict[str
             "hyperparameters": numbers,
             "metric": asked.metric,
             "proof_rows": asked.proof_rows,
+            "forgetting": asked.forgetting,
+            "must_improve": asked.must_improve,
+            "max_forgetting": asked.max_forgetting,
             "integrations": [one.model_dump() for one in asked.integrations or []],
         },
         model=start.model,
@@ -155,6 +159,15 @@ def checkpoints(
     return listed([checkpoint_object(checkpoint) for checkpoint in page.data], page.has_more)
 
 
+def _thresholds(asked: JobRequest) -> None:
+    """Raises ApiError 400 for a threshold that nothing could meet."""
+    if asked.must_improve is not None and (asked.validation_file is None or asked.proof_rows == 0):
+        message = "must_improve is measured on a validation_file, and not with proof_rows 0."
+        raise ApiError(400, message, param="must_improve")
+    if asked.max_forgetting is not None and asked.forgetting == "off":
+        raise ApiError(400, "max_forgetting needs the meter that `forgetting` turns off.", param="max_forgetting")
+
+
 def _numbers(method: Method | None, outer: Hyperparameters | None) -> dict[str, Any]:
     """The hyperparameters, from whichever of the two places they stand in. Raises ApiError 400."""
     if method is not None and method.type != "supervised":
@@ -192,5 +205,8 @@ CREATE_FIELDS: dict[str, tuple[str, str]] = {
     "method.reinforcement": ("refused", "Not offered by this version."),
     "metric": ("supported", "An extension: how the validation file's answers are scored when the job is over."),
     "proof_rows": ("supported", "An extension: how many of its rows base and result answer; `auto`, or 0 for none."),
+    "forgetting": ("supported", "An extension: how many general items base and result are asked; `auto` or `off`."),
+    "must_improve": ("supported", "An extension, of the gate: the improvement over the base that must be shown."),
+    "max_forgetting": ("supported", "An extension, of the gate: the most general ability that may be lost, 0 to 1."),
     "hyperparameters": ("supported", "The older place of the method's; a name with two different values is refused."),
 }

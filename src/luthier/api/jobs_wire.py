@@ -93,6 +93,15 @@ Metric = Literal[
 ProofRows = Annotated[
     int | Auto, PlainValidator(whole(0, MOST_PROOF_ROWS)), _or_auto(type="integer", minimum=0, maximum=MOST_PROOF_ROWS)
 ]
+Forgetting = Annotated[
+    int | Literal["auto", "off"],
+    PlainValidator(lambda value: value if value == "off" else whole(1, MOST_PROOF_ROWS)(value)),
+    WithJsonSchema(
+        {"anyOf": [{"enum": ["auto", "off"]}, {"type": "integer", "minimum": 1, "maximum": MOST_PROOF_ROWS}]}
+    ),
+]
+Threshold = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(clean)]
 Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(clean)]
 
@@ -169,6 +178,9 @@ class JobRequest(Strict):
     hyperparameters: Hyperparameters | None = None
     metric: Metric | None = None
     proof_rows: ProofRows | None = None
+    forgetting: Forgetting | None = None
+    must_improve: Threshold | None = None
+    max_forgetting: Share | None = None
 
 
 def shown_status(job: Job) -> str:

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 
 from luthier.api.errors import ApiError
 from luthier.api.services import Services, services
-from luthier.spec.errors import NotFound
+from luthier.spec.errors import NotFound, UserError
 from luthier.store.models import Model
 
 router = APIRouter(tags=["models"])
@@ -36,15 +36,18 @@ def no_such_model(name: str) -> ApiError:
 @router.get("/models", summary="List models")
 def list_models(serve: Serve) -> JSONResponse:
     bases = [_base_object(serve, name, name) for name in sorted(serve.bases.sources)]
-    tuned = [_tuned_object(serve, model) for model in serve.models.list()]
-    return JSONResponse({"object": "list", "data": bases + tuned})
+    known = {model.name: model for model in serve.models.list()}
+    tuned = [_tuned_object(serve, model) for model in known.values()]
+    moves = [move for move in serve.aliases.list() if move.model in known]
+    aliases = [{**_tuned_object(serve, known[move.model]), "id": move.alias} for move in moves]
+    return JSONResponse({"object": "list", "data": bases + tuned + aliases})
 
 
 @router.get("/models/{model:path}", summary="Retrieve a model")
 def retrieve_model(model: str, serve: Serve) -> JSONResponse:
-    """A base may also be asked for by an alias, under which it is then shown."""
+    """By its name or an alias, under which it is then shown."""
     try:
-        return JSONResponse(_tuned_object(serve, serve.models.get(model)))
+        return JSONResponse({**_tuned_object(serve, serve.aliases.resolve(model)), "id": model})
     except NotFound:
         pass
     try:
@@ -59,6 +62,8 @@ def delete_model(model: str, serve: Serve) -> JSONResponse:
         gone = serve.models.delete(model)
     except NotFound:
         pass
+    except UserError as error:
+        raise ApiError(409, error.message, param="model", code="model_in_use") from error
     else:
         _remove_folder(serve, gone.folder)
         return JSONResponse({"id": model, "object": "model", "deleted": True})

@@ -13,6 +13,7 @@ from fastapi import Request  # at run time: FastAPI reads the annotation of serv
 
 from luthier.settings import Settings
 from luthier.spec.bases import Bases
+from luthier.store.aliases import Aliases
 from luthier.store.db import Database
 from luthier.store.files import Files
 from luthier.store.history import History
@@ -39,6 +40,7 @@ class Services:
     leases: Leases
     history: History
     models: Models
+    aliases: Aliases
     keys: Keys
     completions: Completions
     router: Router

@@ -86,7 +86,7 @@ def find_voice(services: Services, name: str) -> Voice:
     """The model that `name` means. Blocks on the store and on files. Raises ApiError 404, and 400 or 503 for a model
     whose folder cannot be used."""
     try:
-        model: Model | None = services.models.get(name)
+        model: Model | None = services.aliases.resolve(name)
     except NotFound:
         model = None
     try:

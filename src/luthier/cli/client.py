@@ -28,6 +28,7 @@ NEXT_STEPS = {
     "training_file": "`luthier files list` shows the files.",
     "validation_file": "`luthier files list` shows the files.",
     "fine_tune_id": "`luthier jobs list` shows the jobs.",
+    "alias": "`luthier models aliases` shows the aliases.",
     "model": "`luthier models list --server URL` shows the models.",
 }
 WAITING = frozenset({408, 429, 502, 503, 504})  # statuses that a later try may change

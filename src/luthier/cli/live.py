@@ -19,6 +19,7 @@ from rich.text import Text
 
 from luthier.cli.chart import Point, loss_chart
 from luthier.cli.output import duration, number, plural, print_json, short, size, visible
+from luthier.spec.forgetting import Forgetting
 
 if TYPE_CHECKING:
     from typing import Self
@@ -27,7 +28,8 @@ SMOOTHING = 0.8
 MOST_POINTS = 4_000  # of the curve; every other one is let go beyond that
 REFRESH = 0.25  # seconds
 WORTH_SAYING = 1.05  # tree ratio: less is no news
-WORDS = {"validate": "validating", "save": "saving", "prove": "proving"}  # phases beside the steps
+# Phases beside the steps.
+WORDS = {"validate": "validating", "save": "saving", "prove": "proving", "forgetting": "probing"}
 RATE_STEPS = 10  # tokens/s are those of the last steps
 
 
@@ -375,6 +377,11 @@ def summary(report: dict[str, Any], model: str) -> list[tuple[str, str]]:
         lines.append(("did it help", proof["sentence"]))
     elif report.get("proof_note"):
         lines.append(("did it help", report["proof_note"]))
+    if forgotten := report.get("forgetting"):
+        lines.append(("forgotten", Forgetting(**forgotten).verdict))
+    if gate := report.get("gate"):
+        kept = "passed: may be promoted" if gate["passed"] else "closed: " + " ".join(gate["reasons"])
+        lines.append(("gate", kept))
     tokens = f"{report['trained_tokens']:,} trained on, {report['supervised_tokens']:,} of them learnt"
     lines.append(("tokens", tokens))
     if (report.get("tree_ratio") or 0) >= WORTH_SAYING:

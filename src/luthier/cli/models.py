@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from luthier.cli.aliases import aliases, promote, rollback
 from luthier.cli.client import Server, connect, segment
 from luthier.cli.keys import when
 from luthier.cli.output import console, print_json, short, size, visible, waiting
@@ -109,3 +110,8 @@ def remove(name: Annotated[str, typer.Argument(help="The name that `luthier mode
 
     freed = catalogue.remove(name)
     console().print(f"Removed {name}: {size(freed)} are free again.", markup=False, soft_wrap=True)
+
+
+app.command()(aliases)
+app.command()(promote)
+app.command()(rollback)

@@ -232,6 +232,7 @@ def make_services(settings: Settings, store: Database, folders: dict[str, Path])
     """Everything that routes use, over one database."""
     from luthier.api.services import Services
     from luthier.serve.router import Router
+    from luthier.store.aliases import Aliases
     from luthier.store.completions import Completions
     from luthier.store.files import Files
     from luthier.store.history import History
@@ -251,6 +252,7 @@ def make_services(settings: Settings, store: Database, folders: dict[str, Path])
         leases=Leases(store),
         history=History(store),
         models=Models(store),
+        aliases=Aliases(store),
         keys=Keys(store),
         completions=Completions(store),
         router=Router(settings, folders),

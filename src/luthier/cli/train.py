@@ -35,6 +35,7 @@ from luthier.spec.run import RunFolder
 PANELS = {
     "What": ("model", "data", "validation", "template", "recipe", "continue_from"),
     "Proof": ("metric", "proof_rows", "proof_examples", "proof_memory"),
+    "Gate": ("must_improve", "max_forgetting", "forgetting"),
     "Adapter": ("method", "rank", "alpha", "dropout", "target_modules"),
     "Rows": ("max_length", "overlong", "micro_tokens", "prompt_loss_weight"),
     "Run": ("seed", "precision", "checkpoint_every", "validate_every", "publish_checkpoints"),

@@ -20,6 +20,7 @@ from luthier.data.formats import read_examples
 from luthier.data.render import Renderer
 from luthier.engine import evaluate, generate, models, prove
 from luthier.engine.answers import Asker
+from luthier.engine.meter import Meter
 from luthier.engine.setup import Ready
 from luthier.proof import choose
 from luthier.proof.neighbours import MOST_ROWS
@@ -79,14 +80,16 @@ def end(
     run: RunFolder,
     report: Report,
     held: HeldOut | None,
+    meter: Meter,
     train_seconds: float,
     emit: Emit,
     heed: Callable[[], None],
 ) -> None:
-    """Prove the published model, unless nothing was held out, write the report and tell that the run is over."""
+    """Prove the published model, unless nothing was held out; ask what it forgot; write the report, tell the end."""
     write_json(run.report, report.model_dump())  # should the proof end its process
     if held is not None:
         report.proof, report.proof_note = conclude(run, held, train_seconds, emit, heed)
+    meter.conclude(run, report, emit, heed)
     write_json(run.report, report.model_dump())
     write_whole(run.page, page(report, curves(event for _, event in run.events())))
     emit("finished", status="succeeded", model=str(run.model), report=report.told())

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from luthier import __version__
-from luthier.engine import checkpoint, forecast, forest, publish
+from luthier.engine import checkpoint, forecast, forest, meter, publish
 from luthier.engine.ending import HeldOut, end
 from luthier.engine.machine import peak_memory
 from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals
@@ -84,10 +84,10 @@ def train(run: RunFolder, estimate: bool = False) -> None:
             loop.restore(start, found[1]["progress"])
         loop.go(start)
         start = loop.step
-        report, train_seconds = loop.finish(), loop.progress["seconds"]
+        report, train_seconds, asked = loop.finish(), loop.progress["seconds"], meter.Meter.of(ready)
         del loop, ready  # the weights that learnt: what is proven is the model that was published
         if report is not None:
-            end(run, report, held, train_seconds, emit, heed)
+            end(run, report, held, asked, train_seconds, emit, heed)
     except Stopped as stopped:
         at = stopped.args[0] if stopped.args else start
         emit("stopped", status="stopped", step=at, resume=f"luthier train --resume {run.path}")

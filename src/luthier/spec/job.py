@@ -54,6 +54,19 @@ class TrainRequest(BaseModel):
         default="shared",
         description="Where the answers of a proof are kept: shared by all runs on this machine, or in the run folder.",
     )
+    forgetting: Annotated[int, Field(ge=1)] | Literal["auto", "off"] = Field(
+        default="auto",
+        description="Items of the general probe that base and result are asked at the end; auto: a number that takes "
+        "about a sixth of the training time, none for short runs; off.",
+    )
+    must_improve: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Threshold of the gate: how much better than the base's the score must be shown to be (the lower "
+        "end of its 95% interval).",
+    )
+    max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="Threshold of the gate: the most general ability that may be lost (0.05 is 5%)."
+    )
     continue_from: str | None = Field(
         default=None, description="Go on from this tuned model's weights: a run, an adapter or a full model of --model."
     )
@@ -145,7 +158,14 @@ class TrainRequest(BaseModel):
         if asked and (self.method == "full" or self.method.startswith("freeze")):
             raise ValueError(f"{', '.join(sorted(asked))} means nothing with method {self.method}; leave it out")
         self._classes_agree()
+        self._thresholds_can_be_met()
         return self
+
+    def _thresholds_can_be_met(self) -> None:
+        if self.must_improve is not None and (self.validation is None or self.proof_rows == 0):
+            raise ValueError("must_improve is measured on validation rows: give --validation, and not --proof-rows 0")
+        if self.max_forgetting is not None and self.forgetting == "off":
+            raise ValueError("max_forgetting needs the forgetting meter: leave out --forgetting off")
 
     def _classes_agree(self) -> None:
         if self.classifies and self.validation is None:

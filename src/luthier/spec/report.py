@@ -7,6 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from luthier.spec.forecast import Forecast
+from luthier.spec.forgetting import Forgetting
+from luthier.spec.gate import Gate
 from luthier.spec.proof import Proof
 
 
@@ -54,6 +56,8 @@ class Report(BaseModel):
     weights_changed: bool | None = Field(default=None, description="Checked against the start before publishing.")
     proof: Proof | None = Field(default=None, description="Whether it helped, by what the models answered.")
     proof_note: str | None = Field(default=None, description="Why there is no proof, when there should be one.")
+    forgetting: Forgetting | None = Field(default=None, description="What was lost of general abilities.")
+    gate: Gate | None = Field(default=None, description="Whether it kept to the thresholds; null without any.")
     forecast: Forecast | None = Field(default=None, description="What was foretold before the first step.")
 
     def told(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, delete, insert, select
 
 from luthier.spec.errors import UserError
 from luthier.store.db import Database, Order, Page, check_id, missing, new_id
-from luthier.store.tables import models, permissions
+from luthier.store.tables import alias_moves, models, permissions
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +114,13 @@ class Models:
             return tuple(self._made(row) for row in connection.execute(rows))
 
     def delete(self, name: str) -> Model:
-        """Strike it from the registry, with its permissions; the folder is the caller's. Raises NotFound."""
+        """Strike it from the registry, with its permissions; the folder is the caller's. Raises NotFound; UserError for
+        a model that an alias means."""
         with self.database.transaction() as connection:
             self.database.lock(connection, f"model {name}")
             model = self._get(connection, name)
+            if used := self._alias_of(connection, name):
+                raise UserError(f"{name} is what the alias {used} means; move that first.", param="model")
             connection.execute(delete(models).where(models.c.name == name))
         return model
 
@@ -178,6 +181,15 @@ class Models:
             if gone is None:
                 raise missing("permission", permission_id)
             self.database.remember_place(connection, permissions, permission_id, gone.number)
+
+    def _alias_of(self, connection: Connection, name: str) -> str | None:
+        """An alias whose last move led to the model."""
+        later = alias_moves.alias()
+        newer = select(later.c.number).where(
+            later.c.alias == alias_moves.c.alias, later.c.version > alias_moves.c.version
+        )
+        mine = select(alias_moves.c.alias).where(alias_moves.c.model == name, ~newer.exists())
+        return connection.scalars(mine).first()
 
     def _find(self, connection: Connection, name: str) -> Model | None:
         row = connection.execute(select(models).where(models.c.name == name)).one_or_none()

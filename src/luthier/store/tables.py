@@ -4,7 +4,8 @@ Two column types carry what strangers send. Text columns of both databases are p
 refuses a NUL, both refuse half a surrogate pair), and a file's name may hold either; so such text is escaped on the
 way in and read back exactly. JSON is kept as ASCII text: no database ever looks inside, and none can change it.
 Times are Unix seconds; `number` counts rows in the order of their creation, so that two of one second have an order.
-Does not know: what the rows mean; that is in files.py, uploads.py, jobs.py, leases.py, history.py, models.py, keys.py.
+Does not know: what the rows mean; that is in files.py, uploads.py, jobs.py, leases.py, history.py, models.py,
+aliases.py, keys.py.
 """
 
 from __future__ import annotations
@@ -229,6 +230,29 @@ permissions = Table(
     Column("project_id", Id, nullable=False),
     Column("created_at", Seconds, nullable=False),
     UniqueConstraint("model", "project_id"),
+    sqlite_autoincrement=True,
+)
+
+gates = Table(
+    "gates",
+    metadata,
+    Column("model", AnyText, ForeignKey("models.name", ondelete="CASCADE"), primary_key=True),
+    Column("passed", Integer, nullable=False),
+    Column("reasons", Json, nullable=False),
+    Column("created_at", Seconds, nullable=False),
+)
+
+alias_moves = Table(
+    "alias_moves",
+    metadata,
+    _number(),
+    Column("alias", AnyText, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("kind", String(8), nullable=False),
+    Column("model", AnyText, nullable=False),
+    Column("created_at", Seconds, nullable=False),
+    Column("by", Id),
+    UniqueConstraint("alias", "version"),
     sqlite_autoincrement=True,
 )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.spec.errors import NotFound, UserError
+from luthier.spec.forgetting import Forgetting
 from luthier.spec.run import TERMINAL, RunFolder
 from luthier.store.db import Database
 from luthier.store.history import EventDraft, History
@@ -108,6 +109,8 @@ class Recorder:
             self._record(proof=proof)
             if new and self.job.kind == "modern":
                 self._say(offset, event, f"Proof: {proof['sentence']}", data={"proof": proof})
+        if (forgotten := report.get("forgetting")) and new and self.job.kind == "modern":
+            self._say(offset, event, Forgetting(**forgotten).verdict, part=1, data={"forgetting": forgotten})
 
     def _see_step(self, offset: int, event: dict[str, Any], new: bool) -> None:
         step, steps = event["step"], event["steps"]

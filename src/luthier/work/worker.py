@@ -23,6 +23,7 @@ from luthier.settings import Settings, child_environment
 from luthier.spec.bases import Bases
 from luthier.spec.errors import LuthierError, NotFound, NotNow
 from luthier.spec.run import RunFolder, write_json
+from luthier.store.aliases import Aliases, Verdict
 from luthier.store.db import Database
 from luthier.store.files import Files
 from luthier.store.jobs import TERMINAL, Job, Jobs
@@ -253,6 +254,8 @@ class Worker:
     def _succeed(self, job: Job, lease: Lease, run: RunFolder, recorder: Recorder) -> None:
         """Model and result file, then the end. Repeated after a crash it comes to the same."""
         model = recorder.register(run.model)
+        if gate := (recorder.terminal or {})["report"].get("gate"):
+            Aliases(self.database).judge(model.name, Verdict(gate["passed"], gate["reasons"]))
         results = self._result_files(job, run)
         tokens = int((recorder.terminal or {})["report"]["trained_tokens"])
         try:

@@ -1,0 +1,104 @@
+"""The forgetting meter at the end of a run: how many items are worth their time, both models asked, the gate judged.
+
+The model was published before. What fails here is told and costs the run nothing but the number.
+Does not know: the loop; how an item is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from luthier.data.render import Renderer
+from luthier.engine import forget, models, prove
+from luthier.engine.setup import Ready
+from luthier.proof import probe
+from luthier.proof.forgetting import compare
+from luthier.spec.errors import LuthierError
+from luthier.spec.forgetting import Forgetting
+from luthier.spec.gate import Gate, judge
+from luthier.spec.job import TrainRequest
+from luthier.spec.report import Report
+from luthier.spec.run import RunFolder
+
+# One item asked of two models costs about as much as training on this many tokens (135M on two cores), times six, so
+# that the meter takes about a sixth of the training time.
+TOKENS_PER_ITEM = 900
+FEWEST, MOST = 60, 400  # fewer say nothing; more make the interval hardly narrower
+GATED = 150  # when a threshold asks for the number, whatever it takes
+
+Emit = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What the meter needs of a run that is over; its weights are not among it."""
+
+    request: TrainRequest
+    renderer: Renderer
+    precision: models.Precision
+
+    @classmethod
+    def of(cls, ready: Ready) -> Meter:
+        return cls(ready.request, ready.renderer, ready.settings.precision)
+
+    def conclude(self, run: RunFolder, report: Report, emit: Emit, heed: Callable[[], None]) -> None:
+        """Fill in the report's `forgetting` and `gate`. `heed` may raise, to stop."""
+        request = self.request
+        if count := items_worth(request, report.physical_tokens):
+            emit("phase", name="forgetting", message=f"Asking {count} general items: what was forgotten")
+            try:
+                report.forgetting = self._measure(run, count, emit, heed)
+            except (LuthierError, OSError, RuntimeError, ValueError, MemoryError) as error:
+                reason = str(error) or type(error).__name__
+                again = f"Measure it with `luthier forgetting {run.path}`."
+                emit("warning", message=f"What was forgotten could not be measured: {reason}", hint=again)
+        report.gate = judge(request.must_improve, request.max_forgetting, report.proof, report.forgetting)
+        if report.gate is not None and not report.gate.passed:
+            emit("warning", message=refusal(report.gate), hint="The model is kept.")
+
+    def _measure(self, run: RunFolder, count: int, emit: Emit, heed: Callable[[], None]) -> Forgetting:
+        items = probe.sample(probe.general(), count)
+        loaded = models.load_for_use(str(run.path), self.precision)
+        model: Any = loaded.model
+        if torch.cuda.is_available():
+            model.cuda()
+        notes: list[str] = []
+        base = prove.untuned(loaded, None, notes.append)
+        if base is None:
+            raise LuthierError(" ".join(notes))
+
+        def progress(what: str, done: int, total: int) -> None:
+            del what
+            heed()
+            emit("progress", name="forgetting", done=done, total=total)
+
+        with base.open() as untuned:
+            before = forget.remembered(
+                forget.key_of(base.hash, self.renderer, untuned),
+                items,
+                lambda: forget.measure(untuned, self.renderer, items, name="before", progress=progress),
+            )
+        after = forget.measure(model, self.renderer, items, name="after", progress=progress)
+        return compare(items, before, after, self.request.model)
+
+
+def items_worth(request: TrainRequest, physical_tokens: int) -> int:
+    """How many items of the probe to ask, 0 for none. It follows from the request and what was trained alone, so a
+    repeated end asks the same."""
+    if request.forgetting == "off":
+        return 0
+    if request.forgetting != "auto":
+        return request.forgetting
+    worth = min(MOST, physical_tokens // TOKENS_PER_ITEM)
+    if request.max_forgetting is not None:
+        return max(GATED, worth)
+    return worth if worth >= FEWEST else 0
+
+
+def refusal(gate: Gate) -> str:
+    """The sentence for a model that missed its thresholds."""
+    return f"Not to be promoted: {' '.join(gate.reasons)}"
