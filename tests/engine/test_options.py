@@ -114,6 +114,18 @@ TABLE: dict[str, tuple[dict[str, Any], Look]] = {
             [json.loads(one.report.read_text())["forgetting"] is None for one in (run, plain)] == [False, True]
         ),
     ),
+    "replay": (
+        {"replay": 0.5, "replay_data": "PAIRS"},
+        lambda run, plain: is_true(
+            json.loads(run.report.read_text())["replayed_rows"] == events(run, "prepared")[0]["train_rows"] / 3
+        ),
+    ),
+    "replay_data": (
+        {"replay": 0.1, "replay_data": "PAIRS"},
+        lambda run, plain: is_true(
+            len({json.loads(one.spec.read_text())["data"]["rows"] for one in (run, plain)}) == 2
+        ),
+    ),
     "must_improve": (
         {"must_improve": 1e9, "validation": "0.2"},
         lambda run, _: is_true(json.loads(run.report.read_text())["gate"]["passed"] is False),
@@ -209,6 +221,8 @@ def test_option(tmp_path: Path, tiny: Path, data: Path, plain: RunFolder, pairs:
     options = {"epochs": 1, "precision": "float32", "warmup": 0.0, **given}
     if "data" in options:
         data = pairs[options.pop("data")]
+    if "replay_data" in options:
+        options["replay_data"] = str(pairs[options["replay_data"]])
     if option == "continue_from":
         options["continue_from"] = str(plain.path)
     if option == "prompt_loss_weight":

@@ -35,7 +35,8 @@ from luthier.spec.run import RunFolder
 PANELS = {
     "What": ("model", "data", "validation", "template", "recipe", "continue_from"),
     "Proof": ("metric", "proof_rows", "proof_examples", "proof_memory"),
-    "Gate": ("must_improve", "max_forgetting", "forgetting"),
+    "Forgetting": ("forgetting", "replay", "replay_data"),
+    "Gate": ("must_improve", "max_forgetting"),
     "Adapter": ("method", "rank", "alpha", "dropout", "target_modules"),
     "Rows": ("max_length", "overlong", "micro_tokens", "prompt_loss_weight"),
     "Run": ("seed", "precision", "checkpoint_every", "validate_every", "publish_checkpoints"),
@@ -44,7 +45,14 @@ PANELS = {
 REQUIRED = ("model", "data")
 SEPARATED = {"target_modules", "classification_betas"}  # lists given as one text
 # Options that --resume cannot change. What the others name is a file or a folder, and can be put right where it lies.
-FIXED = frozenset(TrainRequest.model_fields) - {"model", "data", "validation", "template", "continue_from"}
+FIXED = frozenset(TrainRequest.model_fields) - {
+    "model",
+    "data",
+    "replay_data",
+    "validation",
+    "template",
+    "continue_from",
+}
 
 
 def train(**options: Any) -> None:
@@ -194,6 +202,8 @@ def _whole_paths(request: TrainRequest) -> dict[str, Any]:
     found: dict[str, Any] = {"data": [_file(path, "data") for path in request.data]}
     if request.validation is not None and validation_share(request.validation) is None:
         found["validation"] = _file(request.validation, "validation")
+    if request.replay_data is not None:
+        found["replay_data"] = _file(request.replay_data, "replay-data")
     if request.continue_from is not None:
         found["continue_from"] = str(Path(request.continue_from).expanduser().absolute())
     if request.template is not None and Path(request.template).is_file():

@@ -56,7 +56,7 @@ class HeldOut:
         if ready.validation is None or ready.request.proof_rows == 0:
             return None
         seed = ready.settings.seed
-        places = list(dict.fromkeys(ready.train.places))
+        places = [place for place in dict.fromkeys(ready.train.places) if place[0] >= 0]  # not those that are replayed
         if len(places) > MOST_ROWS:
             picked = np.random.default_rng(seed).choice(len(places), MOST_ROWS, replace=False)
             places = [places[n] for n in sorted(picked)]

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from luthier.data.dataset import Prepared, Rows, mentions_tools, prepare, says_tools, split
 from luthier.data.render import Renderer
+from luthier.data.replay import mix
 from luthier.engine import attention, catalogue, classify, forest, layers, models, parent, publish, step
 from luthier.engine.adapters import Start
 from luthier.engine.optimizer import Masters
@@ -59,6 +60,7 @@ class Ready:
     masters: Masters
     initial: Start
     classes: classify.Classes | None
+    replayed: int  # general rows among those of `train`
     save_seconds: float  # what the dry run of the final save took: all of it but the weights
 
     @property
@@ -95,6 +97,7 @@ def make_ready(
     emit("phase", name="data", message=f"Reading {', '.join(request.data)}")
     seed = _seed(run, request)
     prepared, train, validation = _read_data(request, renderer, max_length, seed, emit, heed)
+    train, replayed = _replay(request, renderer, max_length, seed, train, emit)
     if twice := _asked_twice(train, validation):
         emit(
             "warning",
@@ -172,6 +175,7 @@ def make_ready(
         masters,
         initial,
         classes,
+        replayed,
         save_seconds,
     )
 
@@ -251,6 +255,24 @@ def _read_data(
             hint="Raise --max-length to measure them whole.",
         )
     return prepared, prepared.rows, held.rows.answers()
+
+
+def _replay(
+    request: TrainRequest, renderer: Renderer, max_length: int, seed: int, train: Rows, emit: Emit
+) -> tuple[Rows, int]:
+    """`train` with the general rows that were asked for, and how many; too long ones are left out, and counted."""
+    if not request.replay:
+        return train, 0
+    try:
+        general = prepare([str(request.replay_data)], renderer, max_length=max_length, overlong="drop")
+    except BadData as error:
+        error.param = "replay_data"
+        raise
+    _tell_warnings(general, emit)
+    mixed, count = mix(train, general.rows, request.replay, seed)
+    left_out = f" ({general.dropped} were too long)" if general.dropped else ""
+    emit("phase", name="data", message=f"{count} of {len(general.rows)} general rows are mixed in{left_out}")
+    return mixed, count
 
 
 def _tell_warnings(prepared: Prepared, emit: Emit) -> None:
@@ -340,7 +362,7 @@ def _must_agree(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _options(request: dict[str, Any]) -> dict[str, Any]:
     """The options of a recorded request; those that were not known when it was written have their defaults."""
-    by_content = {"model", "data", "validation", "template", "continue_from"}  # wherever they lie now
+    by_content = {"model", "data", "replay_data", "validation", "template", "continue_from"}  # wherever they lie now
     return TrainRequest.model_validate(request).model_dump(exclude=by_content)
 
 

@@ -103,8 +103,7 @@ class Loop:
         self.step = 0
         self.progress: dict[str, Any] = {
             "best_loss": None, "best_step": None, "base": None, "last": None, "first_loss": None, "last_loss": None,
-            "tokens": 0, "supervised": 0, "physical": 0, "seconds": 0.0,
-            "elapsed": 0.0,
+            "tokens": 0, "supervised": 0, "physical": 0, "seconds": 0.0, "elapsed": 0.0,
         }  # fmt: skip
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -386,6 +385,7 @@ class Loop:
             tuned=Score(**progress["last"]) if progress["last"] else None,
             steps=self.step,
             epochs=self._epoch(self.step),
+            replayed_rows=self.ready.replayed,
             trained_tokens=progress["tokens"],
             supervised_tokens=progress["supervised"],
             physical_tokens=progress["physical"],

@@ -59,6 +59,12 @@ class TrainRequest(BaseModel):
         description="Items of the general probe that base and result are asked at the end; auto: a number that takes "
         "about a sixth of the training time, none for short runs; off.",
     )
+    replay: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=0.0,
+        description="General rows to mix in against forgetting, as a share of the training rows (0.1), from "
+        "--replay-data.",
+    )
+    replay_data: str | None = Field(default=None, description="The file that --replay takes general rows from.")
     must_improve: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         default=None,
         description="Threshold of the gate: how much better than the base's the score must be shown to be (the lower "
@@ -159,6 +165,12 @@ class TrainRequest(BaseModel):
             raise ValueError(f"{', '.join(sorted(asked))} means nothing with method {self.method}; leave it out")
         self._classes_agree()
         self._thresholds_can_be_met()
+        return self
+
+    @model_validator(mode="after")
+    def _replay_has_rows(self) -> TrainRequest:
+        if bool(self.replay) is not bool(self.replay_data):
+            raise ValueError("replay and replay_data need each other: how many general rows, and where they lie")
         return self
 
     def _thresholds_can_be_met(self) -> None:

@@ -43,6 +43,7 @@ class Report(BaseModel):
     samples: list[Sample] = []
     steps: int = 0
     epochs: float = Field(default=0, description="Passes over the data that were taken.")
+    replayed_rows: int = Field(default=0, description="General rows that were mixed in, of those trained on.")
     trained_tokens: int = Field(default=0, description="Tokens of all rows trained on, times epochs (logical).")
     supervised_tokens: int = Field(default=0, description="The part of them that carried loss.")
     physical_tokens: int = Field(default=0, description="Tokens computed: shared prefixes once.")
