@@ -66,6 +66,13 @@ def test_content_is_looked_at_once(client: TestClient, services: Services, monke
     assert client.get(f"/v1/luthier/files/{first}/check").status_code == 404
 
 
+def test_other_words_of_the_same_name_and_size(client: TestClient, services: Services) -> None:
+    """B24: identity is content."""
+    changed = CONTENT.replace(b"bob@firm.org", b"bob at a firm")[:-2] + b"\n"
+    assert len(changed) == len(CONTENT)
+    assert ask(client, made(services)).json() != ask(client, made(services, changed)).json()
+
+
 def test_nobody_waits(client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "PATIENCE", 0.0)
     answer = client.get(f"/v1/luthier/files/{made(services)}/check")
