@@ -64,6 +64,17 @@ def test_one_point_is_a_rate() -> None:
     assert fit([(3e11, 1.5)]) == (0.0, pytest.approx(2e11))
 
 
+def test_memory_is_that_of_rows_of_their_size() -> None:
+    """A run on short rows, after one on long rows of the same model, does not need what that one did."""
+    known = object.__new__(pace.Known)
+    known.resting = 1_000
+    known.points = [Point("first", 9e9, 1.0, 8_000, 64_000), Point("first", 1e9, 0.2, 500, 3_000)]
+    known.points += [Point("train", 1e9, 0.2, 500), Point("forward", 1e9, 0.1, 500)]
+    assert [known.peak(tokens, 0, False) for tokens in (400, 500, 650, 8_000)] == [4_000, 4_000, 4_900, 65_000]
+    assert known.covers([1e9], 500) and known.covers([1e9], 650)
+    assert not known.covers([1e9], 300) and not known.covers([1e9], 2_000)
+
+
 # -- in a run ----------------------------------------------------------------------------------------------------------
 
 

@@ -106,8 +106,8 @@ class Known:
             return False
         middle, high = (float(np.quantile(works, place)) for place in (0.5, 0.95))
         near = any(middle / WIDE <= work <= middle * WIDE for work in timed)
-        seen = max(point.tokens for point in self.points if point.kind == "first")
-        return near and high <= max(timed) * WIDE and tokens <= seen * WIDE
+        alike = any(tokens / WIDE <= point.tokens <= tokens * WIDE for point in self.points if point.kind == "first")
+        return near and high <= max(timed) * WIDE and alike
 
     def add(self, points: Sequence[Point]) -> None:
         self.points = [*self.points, *points][-KEPT_POINTS:]
@@ -130,7 +130,9 @@ class Known:
         """Bytes that the process will hold at most, with `learning` weights that AdamW keeps two moments of: while it
         computes the largest micro-batch (with the gradients of earlier ones, when a step has `several`), or while it
         updates the weights (gradients, and one more value of each on the way)."""
-        seen = max((point for point in self.points if point.kind == "first"), key=lambda point: point.tokens)
+        # The point nearest in size: one of much longer rows tells of memory that these do not need.
+        firsts = [point for point in self.points if point.kind == "first"]
+        seen = min(firsts, key=lambda point: (abs(np.log(tokens / point.tokens)), -point.memory))
         computing = seen.memory * max(1.0, tokens / seen.tokens) + (12 if several else 8) * learning
         return self.resting + max(computing, 16 * learning)
 
