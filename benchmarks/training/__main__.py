@@ -33,6 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", type=words, default=None, help=f"of {', '.join(STAGES)}; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=60, help="of a timed run; it finishes the step it is in")
+    parser.add_argument("--most", type=int, default=1000, help="steps of a timed run, of those that the case has")
     parser.add_argument("--steps", type=int, default=12, help="of the stage target")
     parser.add_argument("--without", type=words, default=list(ladder.RUNGS), help="rungs of the stage ladder")
     parser.add_argument("--series", default="", help="name of the times taken; default: after the engine's sources")
@@ -69,7 +70,7 @@ def main() -> None:
             for system in systems:
                 stages.tune(place, case, system)
         if "time" in walked:
-            stages.take_turns(place, case, systems, series, options.rounds, options.seconds)
+            stages.take_turns(place, case, systems, series, options.rounds, options.seconds, options.most)
         if "target" in walked:
             stages.to_target(place, case, systems, options.steps)
         if "ladder" in walked:

@@ -107,14 +107,19 @@ def series_folder(place: Place, series: str, case: Case) -> Path:
     return place.folder / "times" / series / case.name
 
 
-def take_turns(place: Place, case: Case, systems: Sequence[System], series: str, rounds: int, seconds: float) -> None:
-    """Rounds of one process for each system that the gate let through, in turning order, and the ceiling in each."""
+def take_turns(
+    place: Place, case: Case, systems: Sequence[System], series: str, rounds: int, seconds: float, steps: int
+) -> None:
+    """Rounds of one process for each system that the gate let through, in turning order, and the ceiling in each.
+
+    A process takes at most `steps` steps, of those that the case has.
+    """
     able = _able(place, case, systems)
     for number in range(rounds):
         for name in ratios.order([CEILING.name, *(system.name for system in able)], number):
             system = CEILING if name == CEILING.name else SYSTEMS[name]
             out = series_folder(place, series, case) / f"round-{number + 1}" / name
-            ask = Ask(case.rows_per_step, case.steps, able.get(system, 0), seconds)
+            ask = Ask(case.rows_per_step, min(steps, case.steps), able.get(system, 0), seconds)
             result = runs.do(place, case, system, out, ask)
             say(f"{case.name} round {number + 1} {name}: {_in_words(result, out)}")
 
