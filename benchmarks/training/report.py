@@ -32,8 +32,8 @@ fallen. Who fails is listed without a time.
 
 **Times.** A process of its own for each run, in turning order (A B C, C B A, ...), with the machine's matrix ceiling
 measured in every round. A step's time includes taking rows, planning, collating and the optimizer; loading and
-tokenising are not in it. Memory is the most that the process itself
-has held. Ratios are medians over rounds of the two times of a round, with a bootstrapped 95 % interval.
+tokenising are not in it. Memory is the most that the process itself has held. Ratios are medians over rounds of the two
+times of a round, with a bootstrapped 95 % interval.
 MFU counts what a step cannot do without: physical with shared prefixes once, effective with each row alone; both
 against the ceiling of the same rounds. A trainer whose step does not end within a run is timed by its finished
 micro-batches after the first, scaled by tokens; the update, which is small beside them, is then not in it.
@@ -99,7 +99,7 @@ def _machine(cases: list[Found]) -> list[str]:
     for one in (case["machine"] for case in cases if case["machine"]):
         line = (
             f"Machine: {one['processor']} ({one['capability']}), {one['cores']} cores, "
-            f"{one['memory_bytes'] / 1e9:.0f} GB, no GPU used; torch {one['torch']} on {one['threads']} threads.\n"
+            f"{one['memory_bytes'] / 1e9:.0f} GB, no GPU used; torch {one['torch']}, threads: {one['threads']}.\n"
         )
         said += [line] if line not in said else []
     return said
@@ -264,6 +264,6 @@ def _tuning(found: Found) -> str:
                 )
                 lines.append(
                     f"  * {case}: CPU seconds a row with a micro-batch of {tried}; taken {line['sweep']['best']} "
-                    f"({line['sweep']['threads']} threads)."
+                    f"(threads: {line['sweep']['threads']})."
                 )
     return "\n".join(lines) + "\n"

@@ -98,7 +98,7 @@ def test_seconds_to_a_loss_are_steps_at_the_pace_of_the_rounds(place: runs.Place
 
 def test_the_page_tells_what_was_swept_and_what_was_reached(place: runs.Place, smollm2: Path) -> None:
     page = report.page(figures.of_series(place, "a"))
-    assert "  * S1: CPU seconds a row with a micro-batch of 1 rows 8.00, 4 rows 6.00; taken 4 (2 threads)." in page
+    assert "  * S1: CPU seconds a row with a micro-batch of 1 rows 8.00, 4 rows 6.00; taken 4 (threads: 2)." in page
     fastest = "times as fast as flat loop tuned by hand, the fastest timed of torchtune and the flat loop"
     assert f"| S1 | {fastest} | at least 5 | 3.50 | missed | " in page
     assert "| S1 | peak memory, as a share of TRL's, tuned | at most 0.5 | 1.00 | missed |  |" in page
@@ -109,7 +109,7 @@ def test_the_page_shows_no_time_of_who_failed(place: runs.Place, smollm2: Path) 
     assert "| Trainer + PEFT | failed the gate | | | | | | | | |" in page
     assert "* Trainer + PEFT failed the gate: gradients: 3 of 4 are zero, a first." in page
     assert "* TRL 1.16, tuned: timed by 4,800 of a step's 19,200 tokens, scaled." in page
-    assert "Machine: One (AVX512), 2 cores, 24 GB, no GPU used; torch 2.13.0 on 2 threads." in page
+    assert "Machine: One (AVX512), 2 cores, 24 GB, no GPU used; torch 2.13.0, threads: 2." in page
     assert "| flat loop tuned by hand | 3.50x (3.00 to 4.00) | 7.00 | 2743 | 274 |" in page
 
 
