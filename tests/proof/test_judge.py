@@ -125,7 +125,11 @@ def answered(way_right: dict[WayName, int], n: int = 40) -> Proof:
     ("right", "verdict", "words"),
     [
         ({"base": 5, "examples": 20, "tuned": 35}, "helped", "Tuning helped ("),
-        ({"base": 5, "examples": 33, "tuned": 35}, "not shown to help", "Not shown to help ("),
+        (
+            {"base": 5, "examples": 33, "tuned": 35},
+            "not shown to help",
+            "Not shown to help more than the base with examples",
+        ),
         ({"base": 5, "examples": 35, "tuned": 20}, "worse", "Tuning helped, and is worse than a rival"),
         ({"base": 35, "tuned": 10}, "worse", "Tuning made it worse ("),
         ({"base": 0, "tuned": 3}, "not shown to help", "Not shown to help ("),

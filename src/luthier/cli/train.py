@@ -322,7 +322,7 @@ def _print_summary(run: RunFolder, event: dict[str, Any]) -> None:
         ("measure it", f"{typed('luthier', 'evaluate', path)} --data FILE"),
     ]
     if event["report"].get("proof"):
-        lines.append(("the whole report", f"{typed('luthier', 'report', path)}, or {short(run.page)}"))
+        lines.append(("report", f"{typed('luthier', 'report', path)}, or {short(run.page)}"))
     out = console()
     if event["report"].get("proof"):
         from luthier.cli.proof import show_proof

@@ -132,6 +132,9 @@ def _outcome(proof: Proof, metric: Metric) -> tuple[Verdict | None, str]:
         "worse": "Tuning made it worse",
         "not shown to help": "Not shown to help",
     }[overall]
+    if overall == "not shown to help" and "helped" in verdicts:
+        rivals = [NAMES[each.against] for each in proof.comparisons if each.verdict != "helped"]
+        opening = f"Not shown to help more than {rivals[0]}"
     if overall == "worse" and "helped" in verdicts:
         opening = "Tuning helped, and is worse than a rival"
     return overall, f"{opening} ({metric.words}, {len(proof.rows)} rows). Tuned beside {'; beside '.join(parts)}."
@@ -139,8 +142,9 @@ def _outcome(proof: Proof, metric: Metric) -> tuple[Verdict | None, str]:
 
 def _said(comparison: Comparison) -> str:
     low, high = comparison.interval.low, comparison.interval.high
-    return f"{comparison.difference:+.3f} (95%: {low:+.3f} to {high:+.3f}; p = {p_words(comparison.p_value)})"
+    return f"{comparison.difference:+.3f} (95%: {low:+.3f} to {high:+.3f}; p {p_words(comparison.p_value)})"
 
 
 def p_words(value: float) -> str:
-    return "< 0.0001" if value < 0.0001 else f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
+    """As it follows the letter p."""
+    return "< 0.0001" if value < 0.0001 else f"= {value:.4f}" if value < 0.1 else f"= {value:.2f}"
