@@ -10,15 +10,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
 
 def _sharing(stack: ExitStack) -> None:
     """Every row keeps its own copy of a prefix: plain packing."""
-    from luthier.engine import forest
+    from luthier.engine import forest, planner
 
     never = 1 << 30
+    stack.enter_context(mock.patch.object(planner, "MIN_SAVED", never))
     plan, build = forest.plan, forest.build
     stack.enter_context(mock.patch.object(forest, "plan", lambda rows, budget, *_: plan(rows, budget, never)))
     stack.enter_context(
@@ -53,8 +55,9 @@ def _blocks(stack: ExitStack) -> None:
 
 def _packing(stack: ExitStack) -> None:
     """One row in a forward pass."""
-    from luthier.engine import forest
+    from luthier.engine import forest, planner
 
+    stack.enter_context(mock.patch.object(planner, "MIN_SAVED", 1 << 30))
     stack.enter_context(mock.patch.object(forest, "plan", lambda rows, *_: [[index] for index in range(len(rows))]))
 
 
@@ -69,12 +72,10 @@ def _head(stack: ExitStack) -> None:
     """Logits at every position, learnt or not."""
     from luthier.engine import forest
 
-    build = forest.build
-
-    def everywhere(*given: Any, **named: Any) -> Any:
+    def everywhere(make: Any, *given: Any, **named: Any) -> Any:
         import numpy as np
 
-        tree = build(*given, **named)
+        tree = make(*given, **named)
         others = np.setdiff1d(np.arange(tree.tokens), tree.sources)
         return dataclasses.replace(
             tree,
@@ -84,7 +85,8 @@ def _head(stack: ExitStack) -> None:
             sequences=np.r_[tree.sequences, np.zeros_like(others)],
         )
 
-    stack.enter_context(mock.patch.object(forest, "build", everywhere))
+    for name in ("build", "trunk"):
+        stack.enter_context(mock.patch.object(forest, name, partial(everywhere, getattr(forest, name))))
 
 
 def _bfloat16(stack: ExitStack) -> None:

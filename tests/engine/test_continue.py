@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.engine import attention, checkpoint, forest, models, step
+from luthier.engine import attention, checkpoint, forest, models, step, stream
 from luthier.engine.__main__ import carry_out
 from luthier.engine.setup import step_rows
 from luthier.engine.train import Loop
@@ -42,7 +42,7 @@ def loss_of(folder: Path, run: RunFolder, tiny: Path, data: Path, precision: mod
     loaded = models.load_for_use(str(folder), precision).model
     attention.install(step.inner(loaded))
     first = [rows[index] for index in step_rows(0, 4, len(rows), 7)]
-    loss = step.measure_rows(loaded, first, 2048).loss
+    loss = stream.measure_rows(loaded, first, 2048).loss
     assert loss is not None
     return loss
 
@@ -285,12 +285,8 @@ def test_a_tally_counts_answers_only() -> None:
     ]
     tree = forest.build(rows)
     tally = step.Tally()
-    tally.see(
-        tree,
-        torch.tensor(
-            [not (target == 5 or weight < 1) for target, weight in zip(tree.targets, tree.weights, strict=True)]
-        ),
-    )
+    right = [not (target == 5 or weight < 1) for target, weight in zip(tree.targets, tree.weights, strict=True)]
+    tally.see((tree, torch.tensor(right)))
     assert (tally.tokens, tally.right, tally.rows, tally.whole) == (3, 2, 2, 1)
     assert (tally.token_accuracy, tally.sequence_accuracy) == (2 / 3, 0.5)
     assert step.Tally().token_accuracy is None and step.Tally().sequence_accuracy is None

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.engine import attention, forest, loss, models, step
+from luthier.engine import attention, forest, loss, models, step, stream
 from luthier.engine.forest import Row
 from luthier.spec.errors import BadSetting
 from tests import tiny as tiny_models
@@ -124,9 +124,9 @@ def test_validation_does_not_depend_on_batches(model: Any) -> None:
         weights[len(ids) - count :] = 1
         rows.append((ids, weights))
     attention.install(model)
-    losses = [step.measure_rows(model, rows, budget).loss for budget in (1, 150, 10_000)]
+    losses = [stream.measure_rows(model, rows, budget).loss for budget in (1, 150, 10_000)]
     masked = [*rows, (rows[0][0], np.zeros_like(rows[0][1]))]
-    losses.append(step.measure_rows(model, masked, 10_000).loss)
+    losses.append(stream.measure_rows(model, masked, 10_000).loss)
     assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
 
 
@@ -202,7 +202,7 @@ def test_the_masked_twin_is_equal() -> None:
     query = torch.randn(1, 6, tree.tokens, 16, generator=generator, requires_grad=True)
     key, value = (torch.randn(1, 2, tree.tokens, 16, generator=generator, requires_grad=True) for _ in range(2))
     for window in (None, 8, 21):
-        ours = attention._ForestAttention.apply(query, key, value, plan, window, 0.25)
+        ours = attention._ForestAttention.apply(query, key, value, plan, window, 0.25, 0)
         twin = attention.masked_attention(query, key, value, plan.dense(window), 0.25)
         assert torch.allclose(ours, twin, atol=1e-5)
         seed = torch.randn(ours.shape, generator=generator)

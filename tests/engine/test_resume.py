@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.engine import checkpoint
+from luthier.engine import checkpoint, machine, models
 from luthier.engine.__main__ import carry_out
 from luthier.engine.train import Loop
 from luthier.spec.run import RunFolder
 from tests import tiny as tiny_models
-from tests.engine.runs import chats, events, lay_out, process, train, weights, write
+from tests.engine.runs import chats, events, lay_out, losses, process, train, weights, write
 
 OPTIONS: dict[str, Any] = {"max_steps": 5, "checkpoint_every": 2, "precision": "float32"}
 
@@ -103,6 +103,26 @@ def test_a_seed_of_chance_outlives_an_attempt_without_a_checkpoint(
     assert json.loads(run.spec.read_text())["settings"]["seed"] == seed
     straight = train(tmp_path / "straight", tiny, data, **{**OPTIONS, "seed": seed})
     assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in weights(run).items())
+
+
+def test_micro_batches_are_what_half_of_the_free_memory_holds(
+    tmp_path: Path, tiny: Path, data: Path, stopped: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start; a run that goes on keeps its number, whatever is free by then. The step is the same either way."""
+
+    def number(run: RunFolder) -> int:
+        return int(json.loads(run.spec.read_text())["settings"]["micro_tokens"])
+
+    monkeypatch.setattr(models, "activation_bytes", lambda model: 1000)
+    monkeypatch.setattr(machine, "memory_room", lambda: 1_400_000)
+    assert number(stopped) == 2048
+    assert carry_out(stopped) == 0 and number(stopped) == 2048
+    small = train(tmp_path / "small", tiny, data, **OPTIONS)
+    assert number(small) == 512
+    assert number(train(tmp_path / "asked", tiny, data, **OPTIONS, micro_tokens=700)) == 700
+    monkeypatch.setattr(machine, "memory_room", lambda: 0)
+    assert number(train(tmp_path / "least", tiny, data, **OPTIONS)) == 256
+    assert losses(small) == pytest.approx(losses(stopped), rel=1e-4)
 
 
 def test_two_ranks_share_a_seed_of_chance(tmp_path: Path, tiny: Path, data: Path) -> None:

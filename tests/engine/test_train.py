@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.engine import checkpoint, models, optimizer, setup, step
+from luthier.engine import checkpoint, models, optimizer, setup, stream
 from luthier.engine.__main__ import carry_out
 from luthier.spec.job import Settings, learning_rate_at, make_request
 from tests import tiny as tiny_models
@@ -120,7 +120,7 @@ def test_less_data_than_a_batch_still_trains(tmp_path: Path, tiny: Path, rows: i
     assert all(float(tensor.abs().max()) > 0 for name, tensor in weights(run).items() if "lora_B" in name)
     request = make_request({"model": str(tiny), "data": [str(file)], "seed": 7, "precision": "float32"})
     ready = setup.make_ready(run, request, setup.silent, None)
-    sums = step.measure_rows(ready.model, [ready.train[n] for n in range(rows)], 10_000)
+    sums = stream.measure_rows(ready.model, [ready.train[n] for n in range(rows)], 10_000)
     assert losses(run)[0] == pytest.approx(sums.loss, abs=1e-5)
 
 
@@ -460,19 +460,17 @@ def test_weights_that_diverge_are_not_published(tmp_path: Path, tiny: Path, data
         tmp_path / "run", tiny, data, learning_rate=0.9, max_grad_norm=1e9, epochs=25, method="full",
         batch_size=2, weight_decay=0.9, schedule="constant", warmup=0.0, precision="float32",
     )  # fmt: skip
-    original = step.forward_backward
+    original = stream.forward_backward
 
     def diverging(*arguments: Any, **options: Any) -> float:
         value = original(*arguments, **options)
         return value * float("nan") if len(events(run, "step")) == 3 else value
 
-    from luthier.engine import train as loop
-
-    loop.forward_backward = diverging
+    stream.forward_backward = diverging
     try:
         assert carry_out(run) == 2
     finally:
-        loop.forward_backward = original
+        stream.forward_backward = original
     failed = events(run)[-1]
     assert failed["type"] == "failed" and "became nan" in failed["message"] and failed["param"] == "learning_rate"
     assert not run.model.exists()
@@ -525,7 +523,7 @@ def test_memory_of_validation_is_flat(tmp_path: Path, tiny: Path) -> None:
             held.append(tracemalloc.get_traced_memory()[0])
 
         tracemalloc.start()
-        step.measure_rows(model, rows, 1000, progress=look)
+        stream.measure_rows(model, rows, 1000, progress=look)
         tracemalloc.stop()
         assert len(held) == count // 5
         peaks.append(max(held[1:]) - held[0])
@@ -534,9 +532,7 @@ def test_memory_of_validation_is_flat(tmp_path: Path, tiny: Path) -> None:
 
 def test_memory_that_runs_out_is_said(tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """B47: torch's own refusal of 16 terabytes in the middle of a step."""
-    from luthier.engine import train as loop
-
-    monkeypatch.setattr(loop, "forward_backward", lambda *_, **__: float(torch.empty(2**42).sum()))
+    monkeypatch.setattr(stream, "forward_backward", lambda *_, **__: float(torch.empty(2**42).sum()))
     run = lay_out(tmp_path / "run", tiny, data, epochs=1)
     assert carry_out(run) == 1
     failed = events(run)[-1]

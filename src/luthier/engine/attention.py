@@ -36,11 +36,30 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass
+class Trunk:
+    """What several forests need of a beginning that they share: its keys and values [1, H_kv, P, D], layer by layer,
+    and the sums (float32) of the gradients that these forests send back to them."""
+
+    length: int
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    sent: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def send(self, layer: int, *grads: Tensor) -> None:
+        if layer not in self.sent:
+            self.sent[layer] = [grad.float() for grad in grads]
+            return
+        for total, grad in zip(self.sent[layer], grads, strict=True):
+            total += grad
+
+
+@dataclass
 class Plan:
     """A forest's blocks, or its masks, made once for each window size and used by every layer."""
 
     forest: Forest
     device: torch.device
+    trunk: Trunk | None = None  # which the forest's rows continue
+    becomes: Trunk | None = None  # which the forest is: what its layers compute is kept, what comes back is added
     positions: Tensor = field(init=False)
     calls: int = 0
     _blocks: dict[int | None, list[tuple[Block, Tensor | None]]] = field(default_factory=dict)
@@ -49,24 +68,34 @@ class Plan:
     def __post_init__(self) -> None:
         self.positions = torch.from_numpy(self.forest.positions).to(self.device)
 
+    @property
+    def before(self) -> int:
+        """Keys of the trunk, which come before the forest's own."""
+        return self.trunk.length if self.trunk else 0
+
     def blocks(self, window: int | None) -> list[tuple[Block, Tensor | None]]:
         """The forest's blocks and their masks (blocks.py)."""
         if window not in self._blocks:
-            self._blocks[window] = [(block, block.mask()) for block in planning.blocks(self.forest, window)]
+            self._blocks[window] = [
+                (block, block.mask()) for block in planning.blocks(self.forest, window, self.before)
+            ]
         return self._blocks[window]
 
     def dense(self, window: int | None) -> Tensor:
-        """The whole mask, bool [T, T]: what the twin and other devices use."""
+        """The whole mask, bool [T, before + T]: what the twin and other devices use."""
         if window not in self._dense:
-            length = self.forest.tokens
-            mask = torch.zeros(length, length, dtype=torch.bool, device=self.device)
+            length, before = self.forest.tokens, self.before
+            mask = torch.zeros(length, before + length, dtype=torch.bool, device=self.device)
+            mask[:, :before] = True
+            within = mask[:, before:]
             ends = self.forest.descendants()
             for segment, end in zip(self.forest.segments, ends, strict=True):
                 own = slice(segment.start, segment.end)
-                mask[own, own] = torch.ones(segment.end - segment.start, segment.end - segment.start).tril().bool()
-                mask[segment.end : end, own] = True
+                within[own, own] = torch.ones(segment.end - segment.start, segment.end - segment.start).tril().bool()
+                within[segment.end : end, own] = True
             if window is not None:
-                mask &= self.positions[:, None] - self.positions[None, :] < window
+                keys = torch.cat([torch.arange(before, device=self.device), self.positions])
+                mask &= self.positions[:, None] - keys < window
             self._dense[window] = mask
         return self._dense[window]
 
@@ -121,11 +150,11 @@ def forest_attention(
             hint="Choose another base model.",
         )
     plan = _active[-1]
-    plan.calls += 1
+    layer, plan.calls = plan.calls, plan.calls + 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
         attend: Any = _ForestAttention.apply  # torch leaves it unannotated
-        output: Tensor = attend(query, key, value, plan, sliding_window, scale)
+        output: Tensor = attend(query, key, value, plan, sliding_window, scale, layer)
     else:
         output = masked_attention(query, key, value, plan.dense(sliding_window), scale)
     return output.transpose(1, 2), None
@@ -144,7 +173,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
 
 
 class Saved(NamedTuple):
-    """What `backward` needs of a `forward`: [1, H, T, D] tensors, the scores' log-sum-exp [1, H, T] (float32)."""
+    """What `backward` needs of a `forward`: [1, H, T, D] tensors (keys and values with the trunk's), the scores'
+    log-sum-exp [1, H, T] (float32)."""
 
     query: Tensor
     key: Tensor
@@ -161,8 +191,8 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """Attention of one layer within `plan`'s forest, outside autograd: (output [1, H, T, D], what `backward` takes).
 
-    Inputs may be strided views whose last dimension is contiguous (parts of one fused product); the output lies in
-    memory tokens first. CPU only.
+    With a trunk, its keys and values are the first `plan.before` of `key` and `value`. Inputs may be strided views
+    whose last dimension is contiguous (parts of one fused product); the output lies in memory tokens first. CPU only.
     """
     planned = plan.blocks(window)
     merging = any(not block.causal for block, _ in planned)
@@ -200,6 +230,8 @@ def backward(grad_output: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]
     planned = plan.blocks(window)
     adding = any(not block.causal for block, _ in planned)
     grads = [_tokens_first(tensor, torch.float32 if adding else query.dtype) for tensor in (query, key, value)]
+    for grad in grads[1:]:  # all others have a block of their own, which comes first
+        grad[:, :, : plan.before] = 0
     for block, mask in planned:
         asked = [_rows(tensor, block) for tensor in (grad_output, query, output)]
         seen = [_seen(tensor, block) for tensor in (key, value)]
@@ -253,16 +285,29 @@ def _seen(tensor: Tensor, block: Block) -> Tensor:
 class _ForestAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float, layer: int
     ) -> Tensor:
+        if plan.becomes is not None:
+            plan.becomes.kept.append((key.detach(), value.detach()))
+        if plan.trunk is not None:
+            key, value = (torch.cat(both, dim=2) for both in zip(plan.trunk.kept[layer], (key, value), strict=True))
         output, saved = forward(query, key, value, plan, window, scale)
         ctx.save_for_backward(*saved[:5])
-        ctx.rest = saved[5:]
+        ctx.rest, ctx.layer = saved[5:], layer
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(grad, Saved(*ctx.saved_tensors, *ctx.rest)), None, None, None
+        saved = Saved(*ctx.saved_tensors, *ctx.rest)
+        into_query, *others = backward(grad, saved)
+        plan, layer = saved.plan, ctx.layer
+        if plan.trunk is not None:
+            plan.trunk.send(layer, *(part[:, :, : plan.before] for part in others))
+            others = [part[:, :, plan.before :] for part in others]
+        if plan.becomes is not None and layer in plan.becomes.sent:
+            sent = plan.becomes.sent.pop(layer)
+            others = [(part + more).to(part.dtype) for part, more in zip(others, sent, strict=True)]
+        return into_query, *others, None, None, None, None
 
 
 def install(model: Any) -> None:

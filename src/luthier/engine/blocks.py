@@ -1,7 +1,7 @@
 """Which queries of a forest meet which keys, as few blocks that need no mask: what attention.py computes, in its order.
 
 Every segment attends within itself, causally, and an inner segment's keys are seen by all its descendants, which lie
-together in depth-first order. Sliding windows parts distances on the path: segments are cut into stretches of at most a
+together in depth-first order. Sliding windows count distances on the path: segments are cut into stretches of at most a
 window, so most blocks are seen whole or not at all and only those that a window's edge crosses need a mask.
 Pure planning, once a forest and window size; no layer's numbers.
 """
@@ -70,20 +70,29 @@ class Stretch(NamedTuple):
     last: int
 
 
-def blocks(forest: Forest, window: int | None) -> list[Block]:
-    """All blocks of a forest: first those of stretches with themselves, each token in exactly one of them."""
+def blocks(forest: Forest, window: int | None, before: int = 0) -> list[Block]:
+    """All blocks of a forest: first those of stretches with themselves, each token in exactly one of them.
+
+    With a trunk of `before` tokens, which all rows continue, keys are counted from its first one.
+    """
     if window is not None and forest.longest_path <= window:
         window = None
     stretches = list(_stretches(forest, window))
     own = [
-        Block(start, end - start, start, end - start, True, _low(1 - window if window else None, end - start))
+        Block(start, end - start, start + before, end - start, True, _low(1 - window if window else None, end - start))
         for start, end, _, _ in stretches
     ]
     halved = [half for block in _together(own) for half in _halved(block)]
     # What a halved one leaves over (its second half before its first) comes after all tokens had their own block.
     first = [block for block in halved if block.causal]
     rest = [block for block in halved if not block.causal]
-    above = [half for block in _together(_ancestors(stretches, window)) for half in _halved(block)]
+    if before:
+        size = _cut(before, window)
+        trunk = [
+            Stretch(at - before, min(at + size, before) - before, at, forest.tokens) for at in range(0, before, size)
+        ]
+        stretches = trunk + stretches
+    above = [half for block in _together(_ancestors(stretches, window, before)) for half in _halved(block)]
     return first + rest + above
 
 
@@ -96,20 +105,26 @@ def _stretches(forest: Forest, window: int | None) -> Iterator[Stretch]:
     for (start, end, _), last in zip(forest.segments, forest.descendants(), strict=True):
         if start == end:
             continue
-        parts = 1 if window is None else -(-(end - start) // max(window, LEAST))
-        size = -(-(end - start) // parts)
+        size = _cut(end - start, window)
         for at in range(start, end, size):
             yield Stretch(at, min(at + size, end), int(forest.positions[at]), last)
 
 
-def _ancestors(stretches: list[Stretch], window: int | None) -> Iterator[Block]:
+def _cut(length: int, window: int | None) -> int:
+    """Tokens of a stretch, where so many are cut evenly."""
+    return length if window is None else -(-length // -(-length // max(window, LEAST)))
+
+
+def _ancestors(stretches: list[Stretch], window: int | None, before: int) -> Iterator[Block]:
     """Each stretch's keys against what descends from it: neighbours that see all of it as one."""
     for number, (start, end, position, last) in enumerate(stretches):
-        keys = end - start
-        seeing = at = end  # [seeing, at) see every key
+        keys, first = end - start, start + before
+        seeing = at = max(0, end)  # [seeing, at) see every key
         for below in stretches[number + 1 :]:
             if below.start >= last:
                 break
+            if below.start < 0:  # the trunk's own queries are computed with it
+                continue
             length = below.end - below.start
             # Its row r sees key j where j >= r + nearest.
             nearest = 0 if window is None else below.position - window + 1 - position
@@ -117,13 +132,13 @@ def _ancestors(stretches: list[Stretch], window: int | None) -> Iterator[Block]:
             if window is None or length - 1 + nearest <= 0:
                 continue
             if below.start > seeing:
-                yield Block(seeing, below.start - seeing, start, keys)
+                yield Block(seeing, below.start - seeing, first, keys)
             seeing = at
             if nearest < keys:
                 skip = max(0, nearest)
-                yield Block(below.start, length, start + skip, keys - skip, False, nearest - skip)
+                yield Block(below.start, length, first + skip, keys - skip, False, nearest - skip)
         if at > seeing:
-            yield Block(seeing, at - seeing, start, keys)
+            yield Block(seeing, at - seeing, first, keys)
 
 
 def _together(single: Iterable[Block]) -> Iterator[Block]:
@@ -159,11 +174,11 @@ def _halved(block: Block) -> Iterator[Block]:
     half = length // 4 * 2 if causal else length // 2
     rest = length - 2 * half
     if causal:
-        yield Block(start, half, start, half, True, None, 2, half)
-        yield from _halved(Block(start + half, half, start, half))
+        yield Block(start, half, key_start, half, True, None, 2, half)
+        yield from _halved(Block(start + half, half, key_start, half))
         if rest:
-            yield Block(start + 2 * half, rest, start + 2 * half, rest, True)
-            yield Block(start + 2 * half, rest, start, 2 * half)
+            yield Block(start + 2 * half, rest, key_start + 2 * half, rest, True)
+            yield Block(start + 2 * half, rest, key_start, 2 * half)
         return
     yield Block(start, half, key_start, keys, False, low, 2, 0, half if low is not None else 0)
     if rest:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from luthier.data.dataset import Rows
 from luthier.data.render import Renderer
-from luthier.engine import loss, step
+from luthier.engine import loss, step, stream
 from luthier.engine.forest import Forest, Row
 from luthier.spec.data import Completion
 from luthier.spec.errors import BadData
@@ -87,7 +87,7 @@ class Look:
             for tokens in self.classes.tokens:
                 marks = np.r_[np.zeros(len(prompt)), np.ones(len(tokens))].astype(np.float32)
                 pairs.append((np.r_[prompt, tokens].astype(np.int32), marks))
-        self.scores[:] = step.row_log_probs(self.model, pairs, micro_tokens, part=part).reshape(self.scores.shape)
+        self.scores[:] = stream.row_log_probs(self.model, pairs, micro_tokens, part=part).reshape(self.scores.shape)
 
 
 def prepare(

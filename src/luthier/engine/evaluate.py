@@ -1,6 +1,6 @@
 """Did it help: a tuned model beside its base on held-out examples. Loss, token accuracy, and the proof of its answers.
 
-Loss and accuracy are sums over supervised tokens through the training path (step.measure_rows), so no batch size can
+Loss and accuracy are sums over supervised tokens through the training path (stream.measure_rows), so no batch size can
 change them. Answers are greedy, to the prompt that serving would use. Nothing but texts and sums is kept, so memory
 does not grow with the number of rows.
 Does not know: files, terminals, how a model was trained.
@@ -16,7 +16,7 @@ import numpy as np
 
 from luthier.data.dataset import windows
 from luthier.data.render import Renderer
-from luthier.engine import generate, models, prove, step
+from luthier.engine import generate, models, prove, step, stream
 from luthier.engine.answers import Asker, Question
 from luthier.engine.forest import Row
 from luthier.proof.metrics import is_exact
@@ -99,7 +99,7 @@ def evaluate(
 def _score(model: Any, material: Material, micro_tokens: int, progress: Progress | None, name: str) -> Score:
     bar = (lambda done, total: progress(f"Loss of the {name} model", done, total)) if progress else None
     with step.forests(model):
-        sums = step.measure_rows(model, material.rows, micro_tokens, progress=bar)
+        sums = stream.measure_rows(model, material.rows, micro_tokens, progress=bar)
     return Score(
         rows=material.examples,
         loss=sums.loss,

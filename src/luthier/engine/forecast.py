@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from luthier.engine import forest, machine, step
-from luthier.engine.forest import Forest
+from luthier.engine import machine, stream
 from luthier.engine.pace import Known, Point, Price, Size, prices, steady
-from luthier.engine.setup import Ready, step_rows
+from luthier.engine.planner import Work
+from luthier.engine.setup import Ready, step_rows, works_of
 from luthier.spec.errors import NotNow, UserError
 from luthier.spec.forecast import Forecast
 from luthier.spec.run import RunFolder
@@ -39,13 +39,13 @@ def make(
     """
     settings, prepared = ready.settings, ready.prepared
     looked = sorted({round(place) for place in np.linspace(0, settings.steps - 1, STEPS_LOOKED_AT)})
-    trees = [_steps_trees(ready, number) for number in looked]
-    sizes = [[Size.of(tree) for tree in of_step] for of_step in trees]
+    works = [_steps_works(ready, number) for number in looked]
+    sizes = [[_size(work) for work in of_step] for of_step in works]
     training, forward = prices(ready.model)
     memory = Known(ready)
-    every = sorted((tree for of_step in trees for tree in of_step), key=lambda tree: training.of(Size.of(tree)))
-    largest = max(every, key=lambda tree: tree.tokens)
-    known = memory.covers([training.of(Size.of(tree)) for tree in every], largest.tokens)
+    every = sorted((work for of_step in works for work in of_step), key=lambda work: training.of(_size(work)))
+    largest = max(every, key=lambda work: work.held)
+    known = memory.covers([training.of(_size(work)) for work in every], largest.held)
     factor = settings.steps / len(looked)
     if not known:
         total = sum(training.of(size) for of_step in sizes for size in of_step) * factor
@@ -62,8 +62,8 @@ def make(
     per_byte = machine.disk_seconds_per_byte(run.path)
     models = 1 + (saves if published else 0)
     save = per_byte * (saves * state + models * result) + models * ready.save_seconds
-    several = any(len(of_step) > 1 for of_step in trees)
-    peak = memory.peak(largest.tokens, learning, several)
+    several = any(sum(len(work.all) for work in of_step) > 1 for of_step in works)
+    peak = memory.peak(largest.held, learning, several)
     return Forecast(
         rows=ready.rows,
         dropped=prepared.dropped,
@@ -74,7 +74,7 @@ def make(
         tree_ratio=counts["tree_ratio"],
         epochs=settings.epochs,
         steps=settings.steps,
-        micro_batches=round(sum(map(len, trees)) * factor),
+        micro_batches=round(sum(len(work.all) for of_step in works for work in of_step) * factor),
         train_seconds=round(train, 2),
         validate_seconds=round(validate, 2),
         save_seconds=round(save, 2),
@@ -138,8 +138,8 @@ def _gb(size: int) -> str:
 
 def _measure(
     ready: Ready,
-    every: Sequence[Forest],
-    largest: Forest,
+    every: Sequence[Work],
+    largest: Work,
     training: Price,
     forward: Price,
     total: float,
@@ -151,19 +151,23 @@ def _measure(
     seen = machine.forget_peak()
     seconds = _timed(lambda: _train_on(ready, largest))
     memory = (machine.peak_since() if seen else machine.peak_memory()) - resting
-    points = [Point("first", training.of(Size.of(largest)), seconds, largest.tokens, max(0, memory))]
+    points = [Point("first", training.of(_size(largest)), seconds, largest.held, max(0, memory))]
     spent = 0.0
     for place in dict.fromkeys(round(place * (len(every) - 1)) for place in PLACES):
         if steady(points) and spent > MOST_SHARE * total * points[-1].seconds / points[-1].work:
             break
         heed()
-        tree = every[place]
-        seconds = _timed(lambda tree=tree: _train_on(ready, tree))  # type: ignore[misc]
+        work = every[place]
+        seconds = _timed(lambda work=work: _train_on(ready, work))  # type: ignore[misc]
         spent += seconds
-        points.append(Point("train", training.of(Size.of(tree)), seconds, tree.tokens))
+        points.append(Point("train", training.of(_size(work)), seconds, work.held))
     middle = every[len(every) // 2]
-    looking = _timed(lambda: step.measure(ready.model, middle))
-    return [*points, Point("forward", forward.of(Size.of(middle)), looking, middle.tokens)]
+    looking = _timed(lambda: stream.measure(ready.model, middle))
+    return [*points, Point("forward", forward.of(_size(middle)), looking, middle.held)]
+
+
+def _size(work: Work) -> Size:
+    return Size.of(*work.all)
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -172,21 +176,20 @@ def _timed(work: Callable[[], Any]) -> float:
     return time.monotonic() - begun
 
 
-def _train_on(ready: Ready, tree: Forest) -> None:
-    """A micro-batch as the loop takes it, its gradients thrown away."""
+def _train_on(ready: Ready, work: Work) -> None:
+    """A piece of a step as the loop takes it, its gradients thrown away."""
     ready.model.train()
-    step.forward_backward(ready.model, tree, 1.0, ready.request.label_smoothing)
-    ready.masters.collect()
+    stream.forward_backward(ready.model, work, 1.0, ready.request.label_smoothing, collect=ready.masters.collect)
     ready.masters.optimizer.zero_grad(set_to_none=True)
 
 
-def _steps_trees(ready: Ready, number: int) -> list[Forest]:
-    """The forests of optimizer step `number`, as the loop will plan them."""
+def _steps_works(ready: Ready, number: int) -> list[Work]:
+    """What the loop will compute in optimizer step `number`."""
     settings = ready.settings
     position = number * settings.batch_size
     count = min(settings.batch_size, settings.epochs * ready.rows - position)
     rows = [ready.train[index] for index in step_rows(position, count, ready.rows, settings.seed)]
-    return [forest.build([rows[index] for index in batch]) for batch in forest.plan(rows, settings.micro_tokens)]
+    return [work for _, work in works_of(rows, ready)]
 
 
 def _update_seconds(ready: Ready) -> float:
@@ -204,11 +207,9 @@ def _forward_seconds(ready: Ready, known: Known, forward: Price) -> float:
     """Of one pass over the validation rows."""
     rows = ready.validation
     assert rows is not None
-    batches = forest.plan([rows[index] for index in range(len(rows))], ready.settings.micro_tokens)
-    every = max(1, len(batches) // STEPS_LOOKED_AT)
-    looked = batches[::every]
-    works = [forward.of(Size.of(forest.build([rows[index] for index in batch]))) for batch in looked]
-    return sum(known.seconds(work, "forward") for work in works) * len(batches) / len(looked)
+    planned = [work for _, work in works_of([rows[index] for index in range(len(rows))], ready)]
+    looked = planned[:: max(1, len(planned) // STEPS_LOOKED_AT)]
+    return sum(known.seconds(forward.of(_size(work)), "forward") for work in looked) * len(planned) / len(looked)
 
 
 def _validations(ready: Ready) -> int:

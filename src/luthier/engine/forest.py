@@ -72,8 +72,14 @@ def shared_prefix(first: Ids, second: Ids) -> int:
     return int(different[0]) if len(different) else length
 
 
-def build(rows: Sequence[Row], sequences: Sequence[int] | None = None, min_shared: int = MIN_SHARED) -> Forest:
-    """The forest of `rows`; `sequences[i]` names row i in the targets (default: i)."""
+def build(
+    rows: Sequence[Row], sequences: Sequence[int] | None = None, min_shared: int = MIN_SHARED, begin: int = 0
+) -> Forest:
+    """The forest of `rows`; `sequences[i]` names row i in the targets (default: i).
+
+    With a `begin`, rows are what follows a trunk of so many tokens: positions count from there. What the trunk's last
+    token predicts, the first token of each row, is among the trunk's targets.
+    """
     names = list(range(len(rows))) if sequences is None else list(sequences)
     order = sorted(range(len(rows)), key=lambda index: rows[index][0].astype(">i4").tobytes())
     maker = _Maker(rows, names, min_shared)
@@ -85,7 +91,23 @@ def build(rows: Sequence[Row], sequences: Sequence[int] | None = None, min_share
         segment, last = maker.segment(members, depth, end, parent, last)
         longer = [index for index in members if len(rows[index][0]) > end]
         stack += [(group, end, segment, last) for group in reversed(maker.groups(longer, end))]
-    return maker.forest()
+    tree = maker.forest()
+    tree.positions += begin
+    return tree
+
+
+def trunk(rows: Sequence[Row], sequences: Sequence[int], length: int) -> Forest:
+    """The first `length` tokens, which all `rows` share, as a forest of one segment with all targets of its tokens.
+    Its logical tokens are those of all rows."""
+    maker = _Maker(rows, list(sequences), 0)
+    maker.segment(range(len(rows)), 0, length, -1, -1)
+    for (ids, weights), name in zip(rows, sequences, strict=True):
+        if len(ids) > length and weights[length]:
+            at = np.array([length])
+            maker.targets.append((at - 1, ids[at], weights[at], name))
+    tree = maker.forest()
+    tree.logical_tokens = length * len(rows)
+    return tree
 
 
 class _Maker:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from luthier.data.render import Renderer, Unrenderable
-from luthier.engine import generate, loss, step
+from luthier.engine import generate, loss, step, stream
 from luthier.engine.forest import Forest, Row, shared_prefix
 from luthier.proof.probe import Item, digest
 from luthier.settings import load_settings
@@ -168,7 +168,7 @@ def _log_probs(
             hit = (logits.argmax(-1) == targets[cut]).cpu().numpy()
             np.logical_and.at(right, tree.sequences[cut], hit)
 
-    step.measure_rows(model, rows, micro_tokens, watch=add, progress=progress)
+    stream.measure_rows(model, rows, micro_tokens, watch=add, progress=progress)
     return sums, right
 
 

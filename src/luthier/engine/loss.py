@@ -76,8 +76,8 @@ def backward(
         loss.backward()
         total += float(loss.detach())
         right[part] = logits.detach().argmax(dim=-1) == targets[part]
-    if leaf.grad is not None and hidden.requires_grad:
-        hidden.backward(leaf.grad)
+    if hidden.requires_grad:  # also of no targets: others may have sent gradients to what lies below
+        hidden.backward(torch.zeros_like(hidden) if leaf.grad is None else leaf.grad)
     return total, right
 
 

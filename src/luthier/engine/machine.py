@@ -75,6 +75,15 @@ def memory_free() -> int | None:
     return None
 
 
+def memory_room() -> int | None:
+    """Bytes that this process can still take: of the GPU where there is one, else of what is free and allowed."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    limit = memory_limit()
+    found = [memory_free(), None if limit is None else limit - memory_now()]
+    return min((room for room in found if room is not None), default=None)
+
+
 def description() -> list[str]:
     """What decides how fast one and the same work goes here."""
     processor = platform.processor()

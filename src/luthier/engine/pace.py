@@ -36,15 +36,19 @@ WIDE = 1.3  # a point says something of micro-batches up to so many times larger
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What a forest has: tokens, tokens to learn, and pairs of a token and one that it sees."""
+    """What forests have: tokens, tokens to learn, and pairs of a token and one that it sees."""
 
     tokens: int
     targets: int
     pairs: int
 
     @classmethod
-    def of(cls, tree: Forest) -> Size:
-        return cls(tree.tokens, len(tree.sources), int((tree.positions + 1).sum()))
+    def of(cls, *trees: Forest) -> Size:
+        return cls(
+            sum(tree.tokens for tree in trees),
+            sum(len(tree.sources) for tree in trees),
+            sum(int((tree.positions + 1).sum()) for tree in trees),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from luthier.data.render import Unrenderable
-from luthier.engine import adapters, catalogue, embed, install, models, step
+from luthier.engine import adapters, catalogue, embed, install, models, step, stream
 from luthier.engine.answers import Answer, Asker, Memory, Question, answer_of, asked_of, cost
 from luthier.engine.forest import Row
 from luthier.proof import choose, classes, judge
@@ -203,7 +203,7 @@ class _Prover:
                 rendered = self.asker.renderer.rows(_answered(question, label))[-1]
                 rows.append((np.asarray(rendered.ids, np.int32), np.asarray(rendered.weights, np.float32)))
         with step.forests(model):
-            scores = step.row_log_probs(model, rows, MICRO_TOKENS).reshape(len(asked), -1)
+            scores = stream.row_log_probs(model, rows, MICRO_TOKENS).reshape(len(asked), -1)
         shares = np.exp(scores - scores.max(axis=1, keepdims=True))
         return [list(map(float, row)) for row in shares / shares.sum(axis=1, keepdims=True)]
 
@@ -317,7 +317,7 @@ def prove_texts(
 def _losses(model: Any, texts: Sequence[list[Row]]) -> Scored:
     windows = [row for rows in texts for row in rows]
     with step.forests(model):
-        sums = iter(step.row_log_probs(model, windows, MICRO_TOKENS).tolist())
+        sums = iter(stream.row_log_probs(model, windows, MICRO_TOKENS).tolist())
     nll = [-sum(next(sums) for _ in rows) for rows in texts]
     counts = [sum(int(np.count_nonzero(weights > 0)) for _, weights in rows) for rows in texts]
     details = {

@@ -11,7 +11,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,27 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from luthier.data.dataset import Prepared, Rows, mentions_tools, prepare, says_tools, split
+from luthier.data.dataset import Prepared, Rows, mentions_tools, says_tools, split
 from luthier.data.render import Renderer
 from luthier.data.replay import mix
-from luthier.engine import attention, catalogue, classify, forest, layers, models, parent, publish, step
+from luthier.engine import (
+    agreement,
+    attention,
+    catalogue,
+    classify,
+    forest,
+    layers,
+    models,
+    parent,
+    planner,
+    publish,
+    rendered,
+    step,
+)
 from luthier.engine.adapters import Start
+from luthier.engine.forest import Row
 from luthier.engine.optimizer import Masters
-from luthier.spec.errors import BadData, BadSetting, Broken, UserError
+from luthier.spec.errors import BadData, BadSetting, Broken
 from luthier.spec.job import (
     AUTO_TEMPLATE,
     Settings,
@@ -40,7 +54,6 @@ from luthier.spec.job import (
 )
 from luthier.spec.run import RunFolder, write_json
 
-MIN_MICRO_TOKENS = 2048
 SELF_CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # share of the loss
 
 
@@ -96,8 +109,8 @@ def make_ready(
 
     emit("phase", name="data", message=f"Reading {', '.join(request.data)}")
     seed = _seed(run, request)
-    prepared, train, validation = _read_data(request, renderer, max_length, seed, emit, heed)
-    train, replayed = _replay(request, renderer, max_length, seed, train, emit)
+    prepared, train, validation = _read_data(request, renderer, base_hash, max_length, seed, emit, heed)
+    train, replayed = _replay(request, renderer, base_hash, max_length, seed, train, emit)
     if twice := _asked_twice(train, validation):
         emit(
             "warning",
@@ -113,7 +126,8 @@ def make_ready(
     if torch.cuda.is_available():
         base.cuda()
     hidden_size = int(base.config.get_text_config().hidden_size)
-    settings = settle(request, train, seed, max_length, precision, hidden_size, train.text)
+    micro_tokens = _micro_tokens(request, base, resumed)
+    settings = settle(request, train, seed, max_length, precision, hidden_size, micro_tokens)
     spec = {
         "request": asked.model_dump(),
         "settings": settings.model_dump(),
@@ -125,7 +139,7 @@ def make_ready(
         "validation": {"rows": validation.digest() if validation else None},
     }
     if resumed is not None:
-        _must_agree(resumed, spec)
+        agreement.require(resumed, spec)
     elif leads:
         write_json(run.spec, spec)
 
@@ -214,6 +228,7 @@ def _max_length(request: TrainRequest, renderer: Renderer) -> int:
 def _read_data(
     request: TrainRequest,
     renderer: Renderer,
+    base_hash: str,
     max_length: int,
     seed: int,
     emit: Emit,
@@ -230,7 +245,9 @@ def _read_data(
                 last = share
                 emit("progress", name=name, done=done, total=total)
 
-        return prepare(paths, renderer, max_length=max_length, overlong=request.overlong, progress=progress)
+        return rendered.prepare(
+            paths, renderer, base_hash, max_length=max_length, overlong=request.overlong, progress=progress
+        )
 
     prepared = read(request.data, "data")
     _tell_warnings(prepared, emit)
@@ -258,13 +275,14 @@ def _read_data(
 
 
 def _replay(
-    request: TrainRequest, renderer: Renderer, max_length: int, seed: int, train: Rows, emit: Emit
+    request: TrainRequest, renderer: Renderer, base_hash: str, max_length: int, seed: int, train: Rows, emit: Emit
 ) -> tuple[Rows, int]:
     """`train` with the general rows that were asked for, and how many; too long ones are left out, and counted."""
     if not request.replay:
         return train, 0
     try:
-        general = prepare([str(request.replay_data)], renderer, max_length=max_length, overlong="drop")
+        paths = [str(request.replay_data)]
+        general = rendered.prepare(paths, renderer, base_hash, max_length=max_length, overlong="drop")
     except BadData as error:
         error.param = "replay_data"
         raise
@@ -305,12 +323,27 @@ def _seed(run: RunFolder, request: TrainRequest) -> int:
     return seed
 
 
+def _micro_tokens(request: TrainRequest, base: Any, resumed: dict[str, Any] | None) -> int:
+    """The number asked for; else the one that the run began with, as its dropout masks follow from it; else what fits
+    the free memory. All ranks take the first one's."""
+    if request.micro_tokens != "auto":
+        return request.micro_tokens
+    if resumed is not None:
+        return int(resumed["settings"]["micro_tokens"])
+    tokens = models.fitting_tokens(base, whole=not request.uses_adapter)
+    if dist.is_initialized():
+        shared = torch.tensor(tokens)
+        dist.broadcast(shared, src=0)
+        tokens = int(shared)
+    return tokens
+
+
 def settle(
-    request: TrainRequest, train: Rows, seed: int, max_length: int, precision: str, hidden_size: int, text: bool
+    request: TrainRequest, train: Rows, seed: int, max_length: int, precision: str, hidden_size: int, micro_tokens: int
 ) -> Settings:
     """Every "auto" becomes a number."""
     rows = len(train)
-    epochs = auto_epochs(rows, text) if request.epochs == "auto" else request.epochs
+    epochs = auto_epochs(rows, train.text) if request.epochs == "auto" else request.epochs
     batch_size = auto_batch_size(rows) if request.batch_size == "auto" else request.batch_size
     batch_size = min(batch_size, rows)
     steps = -(-rows * epochs // batch_size)
@@ -327,43 +360,10 @@ def settle(
         warmup_steps=min(steps - 1, round(steps * request.warmup)),
         seed=seed,
         max_length=max_length,
-        micro_tokens=MIN_MICRO_TOKENS if request.micro_tokens == "auto" else request.micro_tokens,
+        micro_tokens=micro_tokens,
         precision="bfloat16" if precision == "bfloat16" else "float32",
         alpha=2.0 * request.rank if request.alpha is None else request.alpha,
     )
-
-
-def _must_agree(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """A resumed run must be the same run: same base, data, template and settings, by content."""
-    before, now = ({"parent": None, **spec, "options": _options(spec["request"])} for spec in (before, now))
-    for key, words in (
-        ("base", "the base model"),
-        ("parent", "the model to continue from"),
-        ("template", "the chat template"),
-        ("data", "the training data"),
-        ("validation", "the validation data"),
-        ("settings", "the settings"),
-        ("options", "the settings"),
-    ):
-        left, right = before[key], now[key]
-        if key == "base":
-            left, right = left["hash"], right["hash"]
-        if key == "template":
-            left, right = left["source"], right["source"]
-        if key == "data":
-            left, right = left["rows"], right["rows"]
-        if left != right:
-            raise UserError(
-                f"The run cannot go on: {words} changed since it was started.",
-                hint="Put it back as it was, or start a new run.",
-                param=key,
-            )
-
-
-def _options(request: dict[str, Any]) -> dict[str, Any]:
-    """The options of a recorded request; those that were not known when it was written have their defaults."""
-    by_content = {"model", "data", "replay_data", "validation", "template", "continue_from"}  # wherever they lie now
-    return TrainRequest.model_validate(request).model_dump(exclude=by_content)
 
 
 def _still(model: Any) -> list[str]:
@@ -405,6 +405,11 @@ def totals(rows: Rows, settings: Settings) -> dict[str, Any]:
         "physical_tokens": physical,
         "tree_ratio": round(rows.tokens / physical, 3) if physical else None,
     }
+
+
+def works_of(rows: Sequence[Row], ready: Ready, part: slice = slice(None)) -> list[tuple[int, planner.Work]]:
+    """What the loop computes of a step's rows, or of a share of its micro-batches; each with its number in the step."""
+    return planner.works(rows, ready.settings.micro_tokens, part=part, trunks=step.branches(ready.model))
 
 
 def position_order(rows: int, seed: int, epoch: int) -> Any:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from luthier.engine import attention, forest, layers, loss
+from luthier.engine.attention import Trunk
 from luthier.engine.forest import Forest, Row
 
 Watch = Callable[[Forest, Tensor], None]
@@ -53,14 +53,19 @@ class Tally:
     rows: float = 0.0
     whole: float = 0.0
 
-    def see(self, tree: Forest, right: Tensor) -> None:
-        """Add one forest; `right` (bool [N]) says of each of its targets whether the most likely token was it."""
-        answer, hit = tree.weights >= 1, right.cpu().numpy()
-        rows = np.unique(tree.sequences[answer])
+    def see(self, *seen: tuple[Forest, Tensor]) -> None:
+        """Add forests that hold all answers of their rows; with each, whether the most likely token was its target
+        (bool [N])."""
+        if not seen:
+            return
+        answer = np.concatenate([tree.weights >= 1 for tree, _ in seen])
+        hit = np.concatenate([right.cpu().numpy() for _, right in seen])
+        sequences = np.concatenate([tree.sequences for tree, _ in seen])
+        rows = np.unique(sequences[answer])
         self.tokens += int(answer.sum())
         self.right += int((answer & hit).sum())
         self.rows += len(rows)
-        self.whole += len(rows) - len(np.unique(tree.sequences[answer & ~hit]))
+        self.whole += len(rows) - len(np.unique(sequences[answer & ~hit]))
 
     @property
     def token_accuracy(self) -> float | None:
@@ -76,11 +81,17 @@ def inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def hidden_states(model: Any, tree: Forest) -> Tensor:
-    """Last hidden states at the forest's target sources, [N, H]."""
+def branches(model: Any) -> bool:
+    """Whether forests of `model` can continue a trunk: where attention goes by blocks, which is on CPUs."""
+    return bool(next(model.parameters()).device.type == "cpu")
+
+
+def hidden_states(model: Any, tree: Forest, trunk: Trunk | None = None, becomes: Trunk | None = None) -> Tensor:
+    """Last hidden states at the forest's target sources, [N, H]. Its rows continue `trunk`, if given; `becomes` is what
+    the forest, as a trunk, leaves for those that follow."""
     device = next(model.parameters()).device
     base = inner(model)
-    plan = attention.Plan(tree, device)
+    plan = attention.Plan(tree, device, trunk, becomes)
     ids, sources = (torch.from_numpy(array).to(device) for array in (tree.token_ids, tree.sources))
     fused = layers.of(base)
     with attention.active(plan):
@@ -92,84 +103,31 @@ def hidden_states(model: Any, tree: Forest) -> Tensor:
     return states.index_select(0, sources)
 
 
-def forward_backward(
-    model: Any, tree: Forest, normaliser: float, smoothing: float = 0.0, tally: Tally | None = None
-) -> float:
+def forward_backward(model: Any, tree: Forest, normaliser: float, smoothing: float = 0.0) -> float:
     """Add this forest's gradients to the parameters; returns its share of the step's mean loss (nats per token)."""
-    if not len(tree.sources):
-        return 0.0
-    hidden = hidden_states(model, tree)
+    return learn(model, tree, hidden_states(model, tree), normaliser, smoothing)[0] if len(tree.sources) else 0.0
+
+
+def learn(model: Any, tree: Forest, hidden: Tensor, normaliser: float, smoothing: float = 0.0) -> tuple[float, Tensor]:
+    """`forward_backward` from the forest's hidden states on; also whether each target was the most likely token."""
     targets, weights = _targets(tree, hidden.device)
     base = inner(model)
-    value, right = loss.backward(hidden, loss.head_of(base), targets, weights, normaliser, _vocabulary(base), smoothing)
-    if tally is not None:
-        tally.see(tree, right)
-    return value
+    return loss.backward(hidden, loss.head_of(base), targets, weights, normaliser, vocabulary_of(base), smoothing)
 
 
 @torch.no_grad()
-def measure(model: Any, tree: Forest, tally: Tally | None = None, watch: Watch | None = None) -> Sums:
-    """Sums of one forest. `tally` counts its answers; `watch` may look at its hidden states [N, H]."""
-    if not len(tree.sources):
-        return Sums()
-    hidden = hidden_states(model, tree)
+def measure(model: Any, tree: Forest) -> Sums:
+    """Sums of one forest."""
+    return weigh(model, tree, hidden_states(model, tree))[0] if len(tree.sources) else Sums()
+
+
+@torch.no_grad()
+def weigh(model: Any, tree: Forest, hidden: Tensor) -> tuple[Sums, Tensor]:
+    """Sums of one forest from its hidden states [N, H], and whether each target was the most likely token."""
     targets, weights = _targets(tree, hidden.device)
     base = inner(model)
-    *sums, right = loss.measure(hidden, loss.head_of(base), targets, weights, _vocabulary(base))
-    if tally is not None:
-        tally.see(tree, right)
-    if watch is not None:
-        watch(tree, hidden)
-    return Sums(*sums)
-
-
-def measure_rows(
-    model: Any,
-    rows: Sequence[Row],
-    micro_tokens: int,
-    *,
-    part: slice = slice(None),
-    progress: Callable[[int, int], None] | None = None,
-    tally: Tally | None = None,
-    watch: Watch | None = None,
-) -> Sums:
-    """Sums over many rows, in forests of at most `micro_tokens`; `part` takes a share of them (ranks).
-
-    The sequences of the forests that `watch` sees are indices of `rows`.
-    """
-    was_training = model.training
-    model.eval()
-    total = Sums()
-    batches = forest.plan(rows, micro_tokens)[part]
-    try:
-        for done, batch in enumerate(batches, 1):
-            total += measure(model, forest.build([rows[index] for index in batch], batch), tally, watch)
-            if progress:
-                progress(done, len(batches))
-    finally:
-        model.train(was_training)
-    return total
-
-
-def row_log_probs(
-    model: Any, rows: Sequence[Row], micro_tokens: int, *, part: slice = slice(None)
-) -> npt.NDArray[np.float64]:
-    """Log-probability, nats, of everything that each row learns, [rows]: sums over its targets, whatever they weigh.
-
-    Rows outside `part` of the micro-batches keep 0.
-    """
-    base = inner(model)
-    head, vocabulary = loss.head_of(base), _vocabulary(base)
-    found = np.zeros(len(rows))
-
-    def add(tree: Forest, hidden: Tensor) -> None:
-        targets = torch.from_numpy(tree.targets).to(hidden.device)
-        for cut in loss.slices(len(targets), vocabulary):
-            picked = head(hidden[cut]).log_softmax(-1).gather(1, targets[cut, None]).squeeze(1)
-            np.add.at(found, tree.sequences[cut], picked.double().cpu().numpy())
-
-    measure_rows(model, rows, micro_tokens, part=part, watch=add)
-    return found
+    *sums, right = loss.measure(hidden, loss.head_of(base), targets, weights, vocabulary_of(base))
+    return Sums(*sums), right
 
 
 @contextlib.contextmanager
@@ -225,5 +183,5 @@ def _targets(tree: Forest, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(tree.targets).to(device), torch.from_numpy(tree.weights).to(device)
 
 
-def _vocabulary(base: Any) -> int:
+def vocabulary_of(base: Any) -> int:
     return int(base.config.get_text_config().vocab_size)

@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 
 from luthier import __version__
-from luthier.engine import checkpoint, forecast, forest, meter, publish
+from luthier.engine import checkpoint, forecast, meter, publish, stream
 from luthier.engine.ending import HeldOut, end
 from luthier.engine.machine import peak_memory
-from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals
-from luthier.engine.step import Sums, Tally, forward_backward, measure_rows
+from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals, works_of
+from luthier.engine.step import Sums, Tally
 from luthier.spec.errors import Broken, UserError
 from luthier.spec.job import TrainRequest, learning_rate_at
 from luthier.spec.report import Report, Score
@@ -138,14 +138,12 @@ class Loop:
         tokens = loss = 0.0
         tally = Tally()
         ready.model.train()
-        for micro, batch in enumerate(forest.plan(rows, settings.micro_tokens)):
-            if micro % self.ranks != self.rank:
-                continue
-            tree = forest.build([rows[index] for index in batch])
-            seed_everything(settings.seed, step, micro)
-            loss += forward_backward(ready.model, tree, normaliser, self.request.label_smoothing, tally)
-            ready.masters.collect()
-            tokens += tree.tokens
+        for number, work in works_of(rows, ready, slice(self.rank, None, self.ranks)):
+            seed_everything(settings.seed, step, number)
+            loss += stream.forward_backward(
+                ready.model, work, normaliser, self.request.label_smoothing, tally, ready.masters.collect
+            )
+            tokens += work.tokens
         ready.masters.reduce()
         loss, tokens, *counts = _add_up(loss, tokens, tally.tokens, tally.right, tally.rows, tally.whole)
         tally = Tally(*counts)
@@ -203,7 +201,7 @@ class Loop:
         self.emit("phase", name="validate", message=f"Validating on {len(rows)} rows")
         tally, look = Tally(), self.ready.classes.look(self.ready.model) if self.ready.classes else None
         share = slice(self.rank, None, self.ranks)
-        sums = measure_rows(
+        sums = stream.measure_rows(
             self.ready.model,
             [rows[index] for index in range(len(rows))],
             self.settings.micro_tokens,
@@ -211,6 +209,7 @@ class Loop:
             progress=lambda done, total: self.emit("progress", name="validate", done=done, total=total),
             tally=tally,
             watch=look,
+            trunks=look is None,
         )
         settings = self.settings
         classes = look.columns(rows, settings.micro_tokens, settings.max_length, share) if look else None

@@ -1,0 +1,134 @@
+"""One piece of a step's work through the model: forests that stand alone, or a trunk and what follows it.
+
+The trunk goes forward once, and its keys and values are kept. Each forest of branches goes forward and backward against
+them; what it sends back to them is added up. Then the trunk goes backward once, with its own losses and that sum. So
+memory holds the trunk and one forest of branches, and gradients are those of everything at once (the idea of DTA: Jiang
+et al., 2026).
+Does not know: how work is cut (planner.py), optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from luthier.engine import loss as losses
+from luthier.engine import planner, step
+from luthier.engine.attention import Trunk
+from luthier.engine.forest import Forest, Row
+from luthier.engine.planner import Work
+from luthier.engine.step import Sums, Tally, Watch
+
+
+def forward_backward(
+    model: Any,
+    work: Work,
+    normaliser: float,
+    smoothing: float = 0.0,
+    tally: Tally | None = None,
+    collect: Callable[[], None] = lambda: None,
+) -> float:
+    """Add the gradients of `work` to the parameters; returns its share of the step's mean loss (nats per token).
+
+    `collect` is called after each backward pass and may take the gradients away.
+    """
+    seen: list[tuple[Forest, Tensor]] = []
+    total = 0.0
+
+    def learn(tree: Forest, hidden: Tensor) -> None:
+        nonlocal total
+        value, right = step.learn(model, tree, hidden, normaliser, smoothing)
+        total += value
+        seen.append((tree, right))
+        collect()
+
+    if work.trunk is None:
+        for tree in work.forests:
+            if len(tree.sources):
+                learn(tree, step.hidden_states(model, tree))
+    else:
+        trunk = Trunk(work.trunk.tokens)
+        hidden = step.hidden_states(model, work.trunk, becomes=trunk)
+        for tree in work.forests:
+            if len(tree.sources):
+                learn(tree, step.hidden_states(model, tree, trunk=trunk))
+        learn(work.trunk, hidden)
+    if tally is not None:
+        tally.see(*seen)
+    return total
+
+
+@torch.no_grad()
+def measure(model: Any, work: Work, tally: Tally | None = None, watch: Watch | None = None) -> Sums:
+    """Sums of `work`. `tally` counts its answers; `watch` may look at the hidden states [N, H] of each forest."""
+    seen: list[tuple[Forest, Tensor]] = []
+    trunk = Trunk(work.trunk.tokens) if work.trunk else None
+    total = Sums()
+    for tree in (work.trunk, *work.forests):
+        if tree is None or not (len(tree.sources) or tree is work.trunk):
+            continue
+        role = {"becomes": trunk} if tree is work.trunk else {"trunk": trunk}
+        hidden = step.hidden_states(model, tree, **role)
+        sums, right = step.weigh(model, tree, hidden)
+        total += sums
+        seen.append((tree, right))
+        if watch is not None:
+            watch(tree, hidden)
+    if tally is not None:
+        tally.see(*seen)
+    return total
+
+
+def measure_rows(
+    model: Any,
+    rows: Sequence[Row],
+    micro_tokens: int,
+    *,
+    part: slice = slice(None),
+    progress: Callable[[int, int], None] | None = None,
+    tally: Tally | None = None,
+    watch: Watch | None = None,
+    trunks: bool = True,
+) -> Sums:
+    """Sums over many rows, in forests of at most `micro_tokens`; `part` takes a share of them (ranks).
+
+    The sequences of the forests that `watch` sees are indices of `rows`; without `trunks` all of a row is in one.
+    """
+    was_training = model.training
+    model.eval()
+    total = Sums()
+    planned = planner.works(rows, micro_tokens, part=part, trunks=trunks and step.branches(model))
+    try:
+        for done, (_, work) in enumerate(planned, 1):
+            total += measure(model, work, tally, watch)
+            if progress:
+                progress(done, len(planned))
+    finally:
+        model.train(was_training)
+    return total
+
+
+def row_log_probs(
+    model: Any, rows: Sequence[Row], micro_tokens: int, *, part: slice = slice(None)
+) -> npt.NDArray[np.float64]:
+    """Log-probability, nats, of everything that each row learns, [rows]: sums over its targets, whatever they weigh.
+
+    Rows outside `part` of the micro-batches keep 0.
+    """
+    base = step.inner(model)
+    head, vocabulary = losses.head_of(base), step.vocabulary_of(base)
+    found = np.zeros(len(rows))
+
+    def add(tree: Forest, hidden: Tensor) -> None:
+        targets = torch.from_numpy(tree.targets).to(hidden.device)
+        for cut in losses.slices(len(targets), vocabulary):
+            picked = head(hidden[cut]).log_softmax(-1).gather(1, targets[cut, None]).squeeze(1)
+            np.add.at(found, tree.sequences[cut], picked.double().cpu().numpy())
+
+    measure_rows(model, rows, micro_tokens, part=part, watch=add)
+    return found
