@@ -15,6 +15,7 @@ from tests.api.conftest import FakeRouter
 CHAT, TEXT = "POST /v1/chat/completions", "POST /v1/completions"
 JOBS, TUNES, UPLOADS = "POST /v1/fine_tuning/jobs", "POST /v1/fine-tunes", "POST /v1/uploads"
 PERMISSIONS = "POST /v1/fine_tuning/checkpoints/{checkpoint}/permissions"
+PROMOTE, ROLLBACK = "POST /v1/luthier/aliases/{alias}", "POST /v1/luthier/aliases/{alias}/rollback"
 PARTS, COMPLETE = "POST /v1/uploads/{upload_id}/parts", "POST /v1/uploads/{upload_id}/complete"
 LABEL, FILES = "POST /v1/chat/completions/{completion_id}", "POST /v1/files"
 TUNED = "ft:tiny:luthier::12345678"
@@ -79,6 +80,14 @@ def base(route: str, services: Services) -> tuple[str, dict[str, Any]]:
         if TUNED not in [model.name for model in services.models.list()]:
             driving.register(services, TUNED)
         return path.replace("{checkpoint}", TUNED), {"project_ids": ["proj_a"]}
+    if route in (PROMOTE, ROLLBACK):
+        names = (TUNED, f"{TUNED}9")
+        if TUNED not in [model.name for model in services.models.list()]:
+            for name in names:
+                driving.register(services, name)
+        for name in names:
+            services.aliases.promote("shop@production", name)
+        return path.replace("{alias}", "shop@production"), {"model": TUNED} if route == PROMOTE else {}
     assert route == LABEL, route
     kept = {"id": "chatcmpl-" + "a" * 24, "model": "tiny", "created": 1}
     if not services.completions.list().data:
