@@ -255,6 +255,7 @@ def test_a_job_becomes_a_request(bench: Bench) -> None:
         "prompt_loss_weight": 0.01,
         "overlong": "truncate",
         "publish_checkpoints": 3,
+        "proof_memory": "run",
         "seed": 7,
     }
     assert (run.path / "data" / "training.jsonl").read_bytes() == jsonl(pairs(12))
