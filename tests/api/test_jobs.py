@@ -114,6 +114,9 @@ def test_what_is_asked_comes_back_and_reaches_the_worker(client: TestClient, ser
         "hyperparameters": {"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": 2.0},
         "metric": None,
         "proof_rows": None,
+        "forgetting": None,
+        "must_improve": None,
+        "max_forgetting": None,
         "integrations": [{"type": "wandb", "wandb": {"project": "p", "name": None, "entity": None, "tags": ["x"]}}],
     }
     assert (stored.model, stored.suffix, stored.seed, stored.kind) == ("tiny", "My Model!", 7, "modern")
