@@ -43,19 +43,19 @@ def test_promote_roll_back_and_look(client: TestClient, models: Services) -> Non
     ]  # fmt: skip
     assert all(move["by"].startswith("key_") for move in history)
     nothing = client.post(f"{PATH}/rollback")
-    assert (nothing.status_code, nothing.json()["error"]["code"]) == (409, "nothing_to_roll_back")
+    assert (nothing.status_code, nothing.json()["error"]["code"]) == (400, "nothing_to_roll_back")
     assert client.delete(PATH).json() == {"id": ALIAS, "object": "luthier.alias", "deleted": True}
     assert client.get(PATH).status_code == 404
 
 
-def test_the_gate_and_the_version_answer_409(client: TestClient, models: Services) -> None:
+def test_the_gate_and_the_version_are_refused(client: TestClient, models: Services) -> None:
     shut = client.post(PATH, json={"model": BAD})
-    assert (shut.status_code, shut.json()["error"]["code"]) == (409, "gate_failed")
+    assert (shut.status_code, shut.json()["error"]["code"]) == (400, "gate_failed")
     assert "more than 5.0%" in shut.json()["error"]["message"]
     client.post(PATH, json={"model": ONE})
     for path, body in ((PATH, {"model": TWO, "if_version": 0}), (f"{PATH}/rollback", {"if_version": 7})):
         late = client.post(path, json=body)
-        assert (late.status_code, late.json()["error"]["code"]) == (409, "alias_moved")
+        assert (late.status_code, late.json()["error"]["code"]) == (400, "alias_moved")
 
 
 def test_what_is_refused(client: TestClient, models: Services) -> None:
@@ -99,7 +99,7 @@ def test_a_chat_by_an_alias_is_answered_by_what_it_means(models: Services) -> No
 def test_a_model_in_use_is_not_deleted(client: TestClient, models: Services) -> None:
     client.post(PATH, json={"model": ONE})
     kept = client.delete(f"/v1/models/{ONE}")
-    assert (kept.status_code, kept.json()["error"]["code"]) == (409, "model_in_use")
+    assert (kept.status_code, kept.json()["error"]["code"]) == (400, "model_in_use")
     assert models.models.get(ONE).folder.is_dir()
 
 

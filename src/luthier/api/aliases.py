@@ -48,12 +48,12 @@ def retrieve(alias: str, at: At) -> dict[str, Any]:
 
 @router.post(PATH, response_model=None, summary="Let an alias mean a model")
 def promote(alias: str, asked: PromoteRequest, at: At, key: Caller) -> dict[str, Any]:
-    """409 with the reasons when the model missed the thresholds of its job, and when `if_version` is not the alias's
+    """400 with the reasons when the model missed the thresholds of its job, and when `if_version` is not the alias's
     version any more."""
     try:
         return _object(at.aliases.promote(alias, asked.model, by=key.id, if_version=asked.if_version))
     except (GateClosed, Moved) as error:
-        raise ApiError(409, error.message, param=error.param, code=error.code) from error
+        raise ApiError(400, error.message, param=error.param, code=error.code) from error
     except NotFound as error:
         raise ApiError(404, error.message, param="model", code="model_not_found") from error
 
@@ -67,9 +67,9 @@ def rollback(alias: str, at: At, key: Caller, asked: RollbackRequest | None = No
     except NotFound as error:
         raise _no_alias(alias) from error
     except Moved as error:
-        raise ApiError(409, error.message, param=error.param, code=error.code) from error
+        raise ApiError(400, error.message, param=error.param, code=error.code) from error
     except UserError as error:
-        raise ApiError(409, error.message, param="alias", code="nothing_to_roll_back") from error
+        raise ApiError(400, error.message, param="alias", code="nothing_to_roll_back") from error
 
 
 @router.delete(PATH, response_model=None, summary="Delete an alias with its history")

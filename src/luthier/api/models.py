@@ -63,7 +63,7 @@ def delete_model(model: str, serve: Serve) -> JSONResponse:
     except NotFound:
         pass
     except UserError as error:
-        raise ApiError(409, error.message, param="model", code="model_in_use") from error
+        raise ApiError(400, error.message, param="model", code="model_in_use") from error
     else:
         _remove_folder(serve, gone.folder)
         return JSONResponse({"id": model, "object": "model", "deleted": True})

@@ -8,6 +8,7 @@ Does not know: what the numbers mean together (doctor.py).
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -129,13 +130,24 @@ def _in_processes(plan: Plan, spans: list[tuple[int, int]], many: int) -> Iterat
     try:
         waiting: deque[Future[Columns]] = deque()
         for span in spans:
-            waiting.append(pool.submit(_work, span))
+            with _deaf():
+                waiting.append(pool.submit(_work, span))
             if len(waiting) >= 2 * many:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C only the spans under way are waited for
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started inside hear no Ctrl-C, not even before `_start`: each would print where it was."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(plan: Plan) -> None:
