@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from luthier.cli import main
 from luthier.engine import models
 from luthier.spec.report import Report
 from luthier.spec.run import RunFolder
-
-Said = tuple[int, str, str]  # exit code, stdout, stderr
-Run = Callable[..., Said]
+from tests.cli.calling import Run, caller
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("COLUMNS", "120")
 
-    def invoke(*arguments: str | Path) -> Said:
-        with pytest.raises(SystemExit) as left:
-            main(["evaluate", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return invoke
+    return caller("evaluate", capsys)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from luthier.cli import main
 from luthier.engine import forget, models
 from luthier.spec.forgetting import Forgetting
-
-Said = tuple[int, str, str]  # exit code, stdout, stderr
-Run = Callable[..., Said]
+from tests.cli.calling import Run, caller
 
 
 @pytest.fixture
@@ -38,13 +34,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(models, "load_for_use", load)
 
-    def invoke(*arguments: str | Path) -> Said:
-        with pytest.raises(SystemExit) as left:
-            main(["forgetting", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return invoke
+    return caller("forgetting", capsys)
 
 
 @pytest.fixture

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from luthier.cli import main
 from luthier.spec.report import Report
 from luthier.spec.run import RunFolder
+from tests.cli.calling import Run, caller
 from tests.engine.runs import lay_out, train, write
-
-Said = tuple[int, str, str]
-Run = Callable[..., Said]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("COLUMNS", "120")
 
-    def invoke(*arguments: str | Path) -> Said:
-        with pytest.raises(SystemExit) as left:
-            main(["report", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return invoke
+    return caller("report", capsys)
 
 
 @pytest.fixture(scope="module")

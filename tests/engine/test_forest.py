@@ -73,7 +73,9 @@ def planted(model: Any, groups: list[list[Row]], smoothing: float = 0.0) -> tupl
     """Forests, one for each group of rows."""
     twin = copy.deepcopy(model)
     attention.install(twin)
-    total = sum(step.forward_backward(twin, forest.build(rows), 100.0, smoothing) for rows in groups)
+    total = 0.0
+    for tree in map(forest.build, groups):
+        total += step.learn(twin, tree, step.hidden_states(twin, tree), 100.0, smoothing)[0]
     return total, {name: value.grad for name, value in twin.named_parameters() if value.grad is not None}
 
 

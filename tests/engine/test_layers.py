@@ -80,7 +80,9 @@ def adapted(model: Any, method: str = "lora", targets: list[str] | None = None, 
 
 def learnt(model: Any, groups: list[list[Row]]) -> tuple[float, Gradients]:
     model.zero_grad(set_to_none=True)
-    total = sum(step.forward_backward(model, forest.build(rows), 100.0) for rows in groups)
+    total = 0.0
+    for tree in map(forest.build, groups):
+        total += step.learn(model, tree, step.hidden_states(model, tree), 100.0)[0]
     return total, {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 

@@ -25,7 +25,7 @@ from luthier.spec.report import Report
 from luthier.spec.run import RunFolder
 
 # One item asked of two models costs about as much as training on this many tokens (135M on two cores), times six, so
-# that the meter takes about a sixth of the training time.
+# that the meter takes about a sixth of the training time: an estimate from loaded cores, which no run has timed.
 TOKENS_PER_ITEM = 900
 FEWEST, MOST = 60, 400  # fewer say nothing; more make the interval hardly narrower
 GATED = 150  # when a threshold asks for the number, whatever it takes

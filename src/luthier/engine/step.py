@@ -103,13 +103,9 @@ def hidden_states(model: Any, tree: Forest, trunk: Trunk | None = None, becomes:
     return states.index_select(0, sources)
 
 
-def forward_backward(model: Any, tree: Forest, normaliser: float, smoothing: float = 0.0) -> float:
-    """Add this forest's gradients to the parameters; returns its share of the step's mean loss (nats per token)."""
-    return learn(model, tree, hidden_states(model, tree), normaliser, smoothing)[0] if len(tree.sources) else 0.0
-
-
 def learn(model: Any, tree: Forest, hidden: Tensor, normaliser: float, smoothing: float = 0.0) -> tuple[float, Tensor]:
-    """`forward_backward` from the forest's hidden states on; also whether each target was the most likely token."""
+    """Add this forest's gradients to the parameters, from its hidden states [N, H] on. Returns its share of the step's
+    mean loss (nats per token), and whether each target was the most likely token."""
     targets, weights = _targets(tree, hidden.device)
     base = inner(model)
     return loss.backward(hidden, loss.head_of(base), targets, weights, normaliser, vocabulary_of(base), smoothing)

@@ -56,8 +56,8 @@ class TrainRequest(BaseModel):
     )
     forgetting: Annotated[int, Field(ge=1)] | Literal["auto", "off"] = Field(
         default="auto",
-        description="Items of the general probe that base and result are asked at the end; auto: a number that takes "
-        "about a sixth of the training time, none for short runs; off.",
+        description="Items of the general probe that base and result are asked at the end; auto: a number meant to "
+        "take about a sixth of the training time, none for short runs; off.",
     )
     replay: Annotated[float, Field(ge=0, le=10)] = Field(
         default=0.0,
