@@ -29,6 +29,7 @@ from tests.clients.served import Server, resident
 
 PROBE = Path(__file__).parent / "scripts" / "probe.py"
 MIX = {"upload": 10, "poll": 20, "stream": 10, "chat": 10}
+PAUSE = 0.2  # seconds between two probes, idle and under load: a process that has rested answers later
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "colour 1?"}], "max_tokens": 24}
 
 
@@ -71,7 +72,7 @@ class Load:
         self._jobs(1)  # one is there to be polled, and its replica warm
         self.server.ask("POST", "/v1/chat/completions", ASKED)
         self.server.wait(self.jobs[0])
-        self.report.idle_p95 = p95(self._probe(60, 0.02)())
+        self.report.idle_p95 = p95(self._probe(150, PAUSE)())
         kinds: dict[str, Callable[[random.Random], float]] = {name: getattr(self, f"_{name}") for name in MIX}
         clients = [(kind, number) for kind, count in MIX.items() for number in range(count)]
         threads = [threading.Thread(target=self._client, args=(kinds[kind], kind, n)) for kind, n in clients]
@@ -82,7 +83,7 @@ class Load:
         time.sleep(warm)
         before = self._memory()
         left = self.seconds - warm
-        probed = self._probe(max(20, int(left / 0.25)), 0.2)
+        probed = self._probe(max(20, int(left / (PAUSE + 0.05))), PAUSE)
         for _ in range(max(1, int(left / 30))):
             self._jobs(1)
             time.sleep(left / max(1, int(left / 30)) - 0.1)

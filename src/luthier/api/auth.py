@@ -74,8 +74,8 @@ def refused(token: str) -> ApiError:
     return ApiError(401, f"Incorrect API key provided: sk-****{tail}.", code="invalid_api_key")
 
 
-def caller(request: Request) -> Key:
-    """The key of this request; the gate has verified it."""
+async def caller(request: Request) -> Key:
+    """The key of this request; the gate has verified it. A coroutine for the reason that `services` gives."""
     key: Key | None = getattr(request.state, "key", None)
     if key is None:
         raise bearer_missing()
@@ -86,8 +86,13 @@ def bearer_missing() -> ApiError:
     return ApiError(401, "This route needs an API key.", code="invalid_api_key")
 
 
-def require_admin(key: Annotated[Key, Depends(caller)]) -> Key:
+async def require_admin(key: Annotated[Key, Depends(caller)]) -> Key:
     """The caller, when it is an admin. Raises ApiError 403."""
+    return check_admin(key)
+
+
+def check_admin(key: Key) -> Key:
+    """`key`, when it is an admin's. Raises ApiError 403."""
     if key.role != "admin":
         raise ApiError(
             403, "You have insufficient permissions for this operation: it needs an admin key.", code="missing_scope"

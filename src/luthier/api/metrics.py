@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from luthier.api.auth import bearer, refused, require_admin
+from luthier.api.auth import bearer, refused, check_admin
 from luthier.store.jobs import Jobs
 
 router = APIRouter(tags=["health"])
@@ -86,6 +86,6 @@ def metrics(request: Request) -> Response:
         key = app.state.doorkeeper.verify(token)
         if key is None:
             raise refused(token)
-        require_admin(key)
+        check_admin(key)
     counted: Metrics = app.state.metrics
     return Response(counted.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -48,6 +48,7 @@ class Services:
     folders: dict[str, Path]
 
 
-def services(request: Request) -> Services:
-    """The services of the app that got this request; the dependency of every route."""
+async def services(request: Request) -> Services:
+    """The services of the app that got this request; the dependency of every route. A coroutine, as a plain function
+    would be called in a thread, and two changes of thread cost more than the rest of a short answer."""
     return cast(Services, request.app.state.services)

@@ -147,20 +147,22 @@ async def speak(
 ) -> AsyncGenerator[tuple[int, Piece], None]:
     """(which, piece) of all asks at once, each until its end. Raises ApiError when one cannot be answered; then, and
     when this iterator is closed early, the others are cancelled."""
+    if len(asks) == 1:  # as nearly always; tasks and a line between them would cost more than the piece itself
+        async with aclosing(_pieces(router, base, asks[0], speakers[0])) as pieces:
+            async for piece in pieces:
+                yield 0, piece
+        return
     line: asyncio.Queue[tuple[int, Piece] | ApiError | None] = asyncio.Queue(WAITING)
 
     async def one(number: int) -> None:
-        speaker = speakers[number]
-        async with aclosing(router.generate(base, asks[number])) as parts:  # type: ignore[type-var]
-            async for part in parts:
-                if part.finish in ("error", "cancelled"):
-                    await line.put(failure(part))
-                    return
-                piece = speaker.push(part)
-                await line.put((number, piece))
-                if piece.finish:
-                    break
-        await line.put(None)
+        try:
+            async with aclosing(_pieces(router, base, asks[number], speakers[number])) as pieces:
+                async for piece in pieces:
+                    await line.put((number, piece))
+        except ApiError as error:
+            await line.put(error)
+        else:
+            await line.put(None)
 
     tasks = [asyncio.create_task(one(number)) for number in range(len(asks))]
     left = len(tasks)
@@ -178,6 +180,18 @@ async def speak(
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pieces(router: Router, base: str, ask: Ask, speaker: Speaker) -> AsyncGenerator[Piece, None]:
+    """One answer until its end. Raises ApiError when it cannot be given."""
+    async with aclosing(router.generate(base, ask)) as parts:  # type: ignore[type-var]
+        async for part in parts:
+            if part.finish in ("error", "cancelled"):
+                raise failure(part)
+            piece = speaker.push(part)
+            yield piece
+            if piece.finish:
+                return
 
 
 async def _next(

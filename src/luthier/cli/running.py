@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 STREAMS_GRACE = 5  # seconds that answers have to end after the signal
 SWITCH_SECONDS = (
-    0.0005  # how long one thread may keep the others waiting: a tenth of the usual, for even answers under load
+    0.0001  # how long one thread may keep the others waiting: a fiftieth of the usual, for even answers under load
 )
 WORKER_GRACE = 30.0  # seconds that a worker has to save its job
 STEADY = 30.0  # seconds after which a worker counts as well, and the next wait is short again
