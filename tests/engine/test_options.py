@@ -108,6 +108,12 @@ TABLE: dict[str, tuple[dict[str, Any], Look]] = {
         {"proof_rows": 1, "validation": "0.2"},
         lambda run, _: is_true(len(json.loads(run.report.read_text())["proof"]["rows"]) == 1),
     ),
+    "proof_data": (
+        {"proof_data": "PAIRS", "validation": "0.2", "metric": "exact_match"},
+        lambda run, _: is_true(
+            all(row["prompt"].startswith("is it ") for row in json.loads(run.report.read_text())["proof"]["rows"])
+        ),
+    ),
     "forgetting": (
         {"forgetting": 1},
         lambda run, plain: is_true(
@@ -221,8 +227,8 @@ def test_option(tmp_path: Path, tiny: Path, data: Path, plain: RunFolder, pairs:
     options = {"epochs": 1, "precision": "float32", "warmup": 0.0, **given}
     if "data" in options:
         data = pairs[options.pop("data")]
-    if "replay_data" in options:
-        options["replay_data"] = str(pairs[options["replay_data"]])
+    for name in {"replay_data", "proof_data"} & options.keys():
+        options[name] = str(pairs[options[name]])
     if option == "continue_from":
         options["continue_from"] = str(plain.path)
     if option == "prompt_loss_weight":

@@ -30,6 +30,7 @@ from luthier.cli.prepare import prepare
 from luthier.cli.report import report
 from luthier.cli.serve import serve, worker
 from luthier.cli.split import split
+from luthier.cli.sweep import sweep
 from luthier.cli.train import train
 from luthier.spec.errors import BadData, Broken, LuthierError, UserError
 
@@ -44,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(sweep)
 app.command()(estimate)
 app.command()(chat)
 app.command()(evaluate)

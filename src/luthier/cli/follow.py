@@ -50,9 +50,10 @@ class Outcome:
     log_tail: list[str] = field(default_factory=list)
 
 
-def engine_command(run: RunFolder, processes: int = 1, estimate: bool = False) -> list[str]:
-    """The command that carries out `run`, in one process or in `processes` of them, or only its `estimate`."""
-    engine = ["luthier.engine", *(["--estimate"] if estimate else []), str(run.path)]
+def engine_command(run: RunFolder, processes: int = 1, estimate: bool = False, part: Sequence[str] = ()) -> list[str]:
+    """The command that carries out `run`, in one process or in `processes` of them, or only its `estimate`, or only
+    `part` of it: ("--part", share) or ("--score", share)."""
+    engine = ["luthier.engine", *(["--estimate"] if estimate else []), *part, str(run.path)]
     if processes == 1:
         return [sys.executable, "-m", *engine]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -34,7 +34,7 @@ from luthier.spec.run import RunFolder
 
 PANELS = {
     "What": ("model", "data", "validation", "template", "recipe", "continue_from"),
-    "Proof": ("metric", "proof_rows", "proof_examples", "proof_memory"),
+    "Proof": ("proof_data", "metric", "proof_rows", "proof_examples", "proof_memory"),
     "Forgetting": ("forgetting", "replay", "replay_data"),
     "Gate": ("must_improve", "max_forgetting"),
     "Adapter": ("method", "rank", "alpha", "dropout", "target_modules"),
@@ -50,6 +50,7 @@ FIXED = frozenset(TrainRequest.model_fields) - {
     "data",
     "replay_data",
     "validation",
+    "proof_data",
     "template",
     "continue_from",
 }
@@ -174,7 +175,7 @@ def _new(given: dict[str, Any], out: str | None) -> tuple[RunFolder, dict[str, A
     request, values = read_request(given)
     run = RunFolder(out or _default_out(request.model))
     run.refuse_taken()  # before a model is pulled for nothing
-    values["model"] = _model_reference(request.model, resolve_model(request.model))
+    values["model"] = model_reference(request.model, resolve_model(request.model))
     return run.create(values), values
 
 
@@ -202,8 +203,9 @@ def _whole_paths(request: TrainRequest) -> dict[str, Any]:
     found: dict[str, Any] = {"data": [_file(path, "data") for path in request.data]}
     if request.validation is not None and validation_share(request.validation) is None:
         found["validation"] = _file(request.validation, "validation")
-    if request.replay_data is not None:
-        found["replay_data"] = _file(request.replay_data, "replay-data")
+    for name in ("replay_data", "proof_data"):
+        if (path := getattr(request, name)) is not None:
+            found[name] = _file(path, name.replace("_", "-"))
     if request.continue_from is not None:
         found["continue_from"] = str(Path(request.continue_from).expanduser().absolute())
     if request.template is not None and Path(request.template).is_file():
@@ -219,7 +221,7 @@ def _file(path: str, param: str) -> str:
     return str(whole)
 
 
-def _model_reference(model: str, folder: Path) -> str:
+def model_reference(model: str, folder: Path) -> str:
     """A folder or file as an absolute path; a name stays a name."""
     local = Path(model).expanduser().absolute()
     return str(local) if local.is_file() or (local.exists() and folder == local) else model

@@ -1,5 +1,6 @@
-"""`python -m luthier.engine [--estimate] RUN`: a process's only way into the engine. Carries out the run folder it is
-given; with --estimate only up to the forecast.
+"""`python -m luthier.engine [--estimate | --part N/D | --score N/D] RUN`: a process's only way into the engine. Carries
+out the run folder it is given; with --estimate only up to the forecast, with --part only up to that share of its steps
+(rung.py), with --score the same, and what it answers by then is scored.
 
 Ends with code 0 when the run succeeded or was stopped as asked, else with the error's own code; the last event says
 which. When not even that can be written, the code is UNTOLD. Does not know: who started it.
@@ -11,36 +12,39 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable
+from fractions import Fraction
 
 from luthier.spec.errors import BadData, Broken, LuthierError, NotNow
 from luthier.spec.run import UNTOLD, RunFolder, is_full, is_out_of_memory
 
 
 def main(arguments: list[str]) -> int:
-    estimate = arguments[:1] == ["--estimate"]
-    if len(arguments) != 1 + estimate:
-        print("usage: python -m luthier.engine [--estimate] RUN", file=sys.stderr)
+    estimate, parted = arguments[:1] == ["--estimate"], arguments[:1] in (["--part"], ["--score"])
+    if len(arguments) != 1 + estimate + 2 * parted:
+        print("usage: python -m luthier.engine [--estimate | --part N/D | --score N/D] RUN", file=sys.stderr)
         return 2
     try:
         run = RunFolder.open(arguments[-1])
     except LuthierError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    return carry_out(run, estimate)
+    return carry_out(run, estimate, (Fraction(arguments[1]), arguments[0] == "--score") if parted else None)
 
 
-def carry_out(run: RunFolder, estimate: bool = False) -> int:
+def carry_out(run: RunFolder, estimate: bool = False, rung: tuple[Fraction, bool] | None = None) -> int:
     import torch.distributed as dist
 
+    from luthier.engine.rung import Part
     from luthier.engine.train import train
 
+    part = Part(*rung) if rung is not None else None
     leads = not dist.is_torchelastic_launched() or _first_rank()
     try:
         if not leads:
-            train(run, estimate)
+            train(run, estimate, part)
             return 0
         with run.owned():
-            return _told(run, lambda: train(run, estimate))
+            return _told(run, lambda: train(run, estimate, part))
     except LuthierError as error:  # the lock is held: that run's events are not ours to write
         print(error, file=sys.stderr)
         return error.exit_code

@@ -40,5 +40,6 @@ def require(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _options(request: dict[str, Any]) -> dict[str, Any]:
     """The options of a recorded request; those that were not known when it was written have their defaults."""
-    by_content = {"model", "data", "replay_data", "validation", "template", "continue_from"}  # wherever they lie now
+    files = {"data", "replay_data", "validation", "proof_data"}
+    by_content = files | {"model", "template", "continue_from"}  # wherever they lie now
     return TrainRequest.model_validate(request).model_dump(exclude=by_content)

@@ -18,7 +18,7 @@ import torch
 
 from luthier.data.formats import read_examples
 from luthier.data.render import Renderer
-from luthier.engine import evaluate, generate, models, prove
+from luthier.engine import evaluate, generate, models, prove, rendered
 from luthier.engine.answers import Asker
 from luthier.engine.meter import Meter
 from luthier.engine.setup import Ready
@@ -26,7 +26,7 @@ from luthier.proof import choose
 from luthier.proof.neighbours import MOST_ROWS
 from luthier.proof.page import curves, page
 from luthier.spec.data import Example, Problem
-from luthier.spec.errors import LuthierError
+from luthier.spec.errors import BadData, LuthierError
 from luthier.spec.job import TrainRequest, validation_share
 from luthier.spec.proof import Proof
 from luthier.spec.report import Report
@@ -49,22 +49,32 @@ class HeldOut:
     seed: int
     training: list[Place]
     validation: list[Place]
+    proof: list[Place]  # in the file `proof_data`; without one the validation rows prove too
+    known: int = 0  # rows of that file that ask what training rows ask
 
     @classmethod
     def of(cls, ready: Ready) -> HeldOut | None:
-        """None when the run holds no rows out, or is not to be proven."""
-        if ready.validation is None or ready.request.proof_rows == 0:
+        """None when the run holds no rows out, or is not to be proven. Raises BadData for a file of proof rows that
+        cannot be read."""
+        if (ready.validation is None and ready.request.proof_data is None) or ready.request.proof_rows == 0:
             return None
         seed = ready.settings.seed
         places = [place for place in dict.fromkeys(ready.train.places) if place[0] >= 0]  # not those that are replayed
         if len(places) > MOST_ROWS:
             picked = np.random.default_rng(seed).choice(len(places), MOST_ROWS, replace=False)
             places = [places[n] for n in sorted(picked)]
-        held = list(dict.fromkeys(ready.validation.places))
-        return cls(ready.request, ready.renderer, ready.settings.precision, seed, places, held)
+        held = list(dict.fromkeys(ready.validation.places if ready.validation else ()))
+        proof, known = _proof_rows(ready)
+        return cls(ready.request, ready.renderer, ready.settings.precision, seed, places, held, proof, known)
 
     def examples(self, heed: Callable[[], None]) -> list[Example]:
-        """The rows that were held out, read again. Raises LuthierError when they are not there any more."""
+        """The rows that prove, read again. Raises LuthierError when they are not there any more."""
+        if self.request.proof_data is None:
+            return self.deciding(heed)
+        return _read([self.request.proof_data], self.proof, heed)
+
+    def deciding(self, heed: Callable[[], None]) -> list[Example]:
+        """The validation rows, read again. Raises as `examples` does."""
         shared = validation_share(self.request.validation) is not None
         return _read(self.request.data if shared else [str(self.request.validation)], self.validation, heed)
 
@@ -74,6 +84,20 @@ class HeldOut:
         if self.request.metric != "auto":
             asked = map(self.renderer.question, self.examples(heed))
             choose.choose(self.request.metric, [question[1] for question in asked if question is not None])
+
+
+def _proof_rows(ready: Ready) -> tuple[list[Place], int]:
+    """The rows of `proof_data`, and how many of them ask what training rows ask."""
+    if (path := ready.request.proof_data) is None:
+        return [], 0
+    fitting = {"max_length": ready.settings.max_length, "overlong": "truncate"}
+    try:
+        rows = rendered.prepare([path], ready.renderer, ready.base_hash, **fitting).rows  # type: ignore[arg-type]
+    except BadData as error:
+        error.param = "proof_data"
+        raise
+    asked = set(ready.train.keys)
+    return list(dict.fromkeys(rows.places)), sum(key in asked for key in rows.keys)
 
 
 def end(
@@ -111,6 +135,26 @@ def conclude(
     return proof, None
 
 
+def score(run: RunFolder, held: HeldOut, folder: Path, emit: Emit, heed: Callable[[], None]) -> Proof:
+    """What the model in `folder` alone answers to the validation rows: what chooses, not what proves."""
+    notes: list[str] = []
+    loaded = models.load_for_use(str(folder), held.precision)
+    model: Any = loaded.model
+    if torch.cuda.is_available():
+        model.cuda()
+    context = generate.context_of(model)
+    examples = held.deciding(heed)
+    material = evaluate.prepare(held.renderer, [*_fitting(held.renderer, examples, context, notes)], context, "")
+    plan = prove.Plan(
+        held.request.metric, rows=prove.MOST_ROWS, examples=0, seed=held.seed, memory=_memory(run, held.request)
+    )
+    return _asked(held, loaded, material, plan, context, None, (), emit, heed, notes)
+
+
+def _memory(run: RunFolder, request: TrainRequest) -> Path:
+    return prove.memory_folder() if request.proof_memory == "shared" else run.answers
+
+
 def _again(run: RunFolder) -> str:
     return f"Measure it with `luthier evaluate {run.path} --data FILE`."
 
@@ -146,25 +190,42 @@ def _prove(run: RunFolder, held: HeldOut, train_seconds: float, emit: Emit, heed
         seconds=max(0.0, train_seconds * SHARE - (time.monotonic() - begun)) if auto else None,
         examples=request.proof_examples,
         seed=held.seed,
-        memory=prove.memory_folder() if request.proof_memory == "shared" else run.answers,
+        memory=_memory(run, request),
         why_seconds="a third of the training time",
     )
+    if held.known:
+        notes.append(f"{held.known} of the proof's rows ask what training rows ask: they say little about new prompts.")
+    proof = _asked(held, loaded, material, plan, context, base, known, emit, heed, notes)
+    proof.notes += notes
+    proof.seconds = round(time.monotonic() - begun, 3)
+    return proof
+
+
+def _asked(
+    held: HeldOut,
+    loaded: models.Loaded,
+    material: evaluate.Material,
+    plan: prove.Plan,
+    context: int,
+    base: prove.Untuned | None,
+    known: Sequence[Example],
+    emit: Emit,
+    heed: Callable[[], None],
+    notes: list[str],
+) -> Proof:
+    """Every way asked, or measured on texts; `notes` grows."""
 
     def progress(what: str, done: int, total: int) -> None:
         del what
         emit("progress", name="prove", done=done, total=total)
 
-    if material.questions:
-        most = evaluate.answer_tokens(held.renderer, material.questions, notes.append)
-        asker = Asker(held.renderer, context, generate.Sampling(max_tokens=most), heed=heed)
-        proof = prove.prove(
-            loaded, asker, material.questions, plan, base=base, known=known, progress=progress, tell=notes.append
-        )
-    else:
-        proof = prove.prove_texts(loaded, material.texts, plan, base)
-    proof.notes += notes
-    proof.seconds = round(time.monotonic() - begun, 3)
-    return proof
+    if not material.questions:
+        return prove.prove_texts(loaded, material.texts, plan, base)
+    most = evaluate.answer_tokens(held.renderer, material.questions, notes.append)
+    asker = Asker(held.renderer, context, generate.Sampling(max_tokens=most), heed=heed)
+    return prove.prove(
+        loaded, asker, material.questions, plan, base=base, known=known, progress=progress, tell=notes.append
+    )
 
 
 def _read(paths: Sequence[str], places: Sequence[Place], heed: Callable[[], None]) -> list[Example]:

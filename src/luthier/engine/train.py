@@ -10,8 +10,6 @@ Does not know: who started it, who watches.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -24,20 +22,16 @@ import torch
 import torch.distributed as dist
 
 from luthier import __version__
-from luthier.engine import checkpoint, forecast, meter, publish, stream
+from luthier.engine import checkpoint, forecast, meter, metrics_file, publish, rung, stream
 from luthier.engine.ending import HeldOut, end
 from luthier.engine.machine import peak_memory
+from luthier.engine.rung import Part
 from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals, works_of
 from luthier.engine.step import Sums, Tally
 from luthier.spec.errors import Broken, UserError
 from luthier.spec.job import TrainRequest, learning_rate_at
 from luthier.spec.report import Report, Score
-from luthier.spec.run import RunFolder, append_line, write_whole
-
-METRICS = (
-    "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "seconds",
-    "validation_loss", "validation_token_accuracy",
-)  # fmt: skip
+from luthier.spec.run import RunFolder
 
 SPEC_KEYS = {"request", "settings", "base", "template", "data", "validation"}
 
@@ -46,10 +40,10 @@ class Stopped(Exception):
     """The stop note was found; the run is at a checkpoint, or has not taken its first step."""
 
 
-def train(run: RunFolder, estimate: bool = False) -> None:
+def train(run: RunFolder, estimate: bool = False, part: Part | None = None) -> None:
     """Carry out the run in `run`, from its newest checkpoint when there is one; with `estimate`, a new one only up to
-    its forecast. Emits a terminal event on success and when stopped; raises what refuses or ends it (the caller emits
-    `failed`)."""
+    its forecast; with `part`, only up to that share of its steps (rung.py), to be gone on with later. Emits a terminal
+    event on success and when stopped; raises what refuses or ends it (the caller emits `failed`)."""
     rank, ranks = _join()
     emit = run.emit if rank == 0 else silent
     begun = time.monotonic()
@@ -82,11 +76,17 @@ def train(run: RunFolder, estimate: bool = False) -> None:
         if found:
             ready.masters.load(found[0], start)
             loop.restore(start, found[1]["progress"])
-        loop.go(start)
+        loop.go(start, part)
         start = loop.step
-        report, train_seconds, asked = loop.finish(), loop.progress["seconds"], meter.Meter.of(ready)
+        report = loop.finish() if part is None else loop.report()
+        steps, train_seconds = loop.settings.steps, loop.progress["seconds"]
+        asked = meter.Meter.of(ready)
         del loop, ready  # the weights that learnt: what is proven is the model that was published
-        if report is not None:
+        if part is not None:
+            if rank == 0:
+                rung.conclude(run, report, steps, held, part, emit, heed)
+            raise Stopped(start)
+        if rank == 0:
             end(run, report, held, asked, train_seconds, emit, heed)
     except Stopped as stopped:
         at = stopped.args[0] if stopped.args else start
@@ -100,22 +100,27 @@ class Loop:
         self.run, self.ready, self.emit, self.rank, self.ranks = run, ready, emit, rank, ranks
         self.begun, self.before = begun, 0.0  # this attempt's start; seconds of earlier attempts
         self.settings, self.request = ready.settings, ready.request
-        self.step = 0
+        self.step, self.until = 0, ready.settings.steps  # `until`: where this attempt ends
         self.progress: dict[str, Any] = {
-            "best_loss": None, "best_step": None, "base": None, "last": None, "first_loss": None, "last_loss": None,
-            "tokens": 0, "supervised": 0, "physical": 0, "seconds": 0.0, "elapsed": 0.0,
+            "best_loss": None, "best_step": None, "base": None, "last": None, "last_step": None,
+            "first_loss": None, "last_loss": None, "tokens": 0, "supervised": 0, "physical": 0,
+            "seconds": 0.0, "elapsed": 0.0,
         }  # fmt: skip
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def go(self, start: int) -> None:
+    def go(self, start: int, part: Part | None = None) -> None:
+        """Take the steps after `start`: all, or a part of them, with the schedule of all either way."""
         self.step = start
+        if part is not None:
+            self.until = part.steps(self.settings.steps)
         if start == 0:
-            self._start_metrics()
+            if self.rank == 0:
+                metrics_file.start(self.run)
             if self.ready.validation is not None:
                 self.progress["base"] = self._validate()
         self.emit("phase", name="train", message=f"Training for {self.settings.steps} steps")
-        while self.step < self.settings.steps:
+        while self.step < self.until:
             measured = self._one_step(self.step)
             self.step += 1
             validation = self._validate() if self._due(self.request.validate_every) else None
@@ -124,8 +129,10 @@ class Loop:
             best = self.progress["best_step"] == self.step  # or it would be named in the report and lost
             if self._due(self.request.checkpoint_every) or stop or best:
                 self._checkpoint()
-            if stop and self.step < self.settings.steps:
+            if stop and self.step < self.until:
                 raise Stopped(self.step)
+        if part is not None and self.progress.get("last_step") != self.step:
+            self._validate()
 
     def _one_step(self, step: int) -> dict[str, Any]:
         """One optimizer step over `batch_size` rows; returns its measurements (sums over all ranks)."""
@@ -171,8 +178,8 @@ class Loop:
         }
 
     def _due(self, every: int | str) -> bool:
-        """Whether step `self.step` ends a stretch: N steps, or an epoch; the last step always does."""
-        if self.step >= self.settings.steps:
+        """Whether step `self.step` ends a stretch: N steps, or an epoch; the last step of an attempt always does."""
+        if self.step >= self.until:
             return True
         if every == "epoch":
             seen = self.step * self.settings.batch_size
@@ -220,7 +227,7 @@ class Loop:
         score = Score(
             rows=len(rows), loss=total.loss, token_accuracy=total.token_accuracy, supervised_tokens=rows.supervised
         ).model_dump()
-        self.progress["last"] = score
+        self.progress.update(last=score, last_step=self.step)
         best = self.progress["best_loss"]
         if self.step and total.loss is not None and (best is None or total.loss < best):
             self.progress.update(best_loss=total.loss, best_step=self.step)
@@ -295,27 +302,14 @@ class Loop:
             memory_bytes=peak_memory(),
             eta_seconds=round(progress["seconds"] / self.step * left, 1),
         )
-        scores = validation or {}
-        append_line(
-            self.run.metrics,
-            _csv([*(measured[name] for name in METRICS[:8]), scores.get("loss"), scores.get("token_accuracy")]),
-        )
-
-    def _start_metrics(self) -> None:
-        if self.rank == 0:
-            write_whole(self.run.metrics, _csv(METRICS) + "\n")
+        metrics_file.add(self.run, measured, validation or {})
 
     def restore(self, step: int, progress: dict[str, Any]) -> None:
-        """Go back to the checkpoint's place: later lines of metrics.csv belong to steps that will be taken again.
-
-        A damaged line is left out: a record for people must not keep a run from going on.
-        """
+        """Go back to the checkpoint's place: later lines of metrics.csv belong to steps that will be taken again."""
         self.step, self.progress, self.before = step, progress, float(progress["elapsed"])
         if self.rank:
             return
-        text = self.run.metrics.read_text(encoding="utf-8", errors="replace") if self.run.metrics.is_file() else ""
-        kept = [line for line in text.splitlines() if line.count(",") == len(METRICS) - 1 and _step_of(line) <= step]
-        write_whole(self.run.metrics, "\n".join([_csv(METRICS), *kept]) + "\n")
+        metrics_file.cut(self.run, step)
         told = {event["step"] for _, event in self.run.events() if event["type"] == "checkpoint"}
         if step not in told:  # killed between the two
             self._tell_checkpoint()
@@ -371,14 +365,17 @@ class Loop:
         """Seconds of all attempts, less what was done after the checkpoints that they went on from."""
         return self.before + time.monotonic() - self.begun
 
-    def finish(self) -> Report | None:
-        """Publish the result, after checking it; what was measured, of the rank that writes."""
-        if self.rank:
-            return None
+    def finish(self) -> Report:
+        """Publish the result, after checking it, where this rank writes; what was measured."""
+        if self.rank == 0:
+            self.emit("phase", name="save", message="Checking and saving the result")
+            for note in self._publish(self.run.model):
+                self.emit("warning", message=note, hint="")
+        return self.report(weights_changed=True)
+
+    def report(self, weights_changed: bool | None = None) -> Report:
+        """What was measured so far."""
         progress = self.progress
-        self.emit("phase", name="save", message="Checking and saving the result")
-        for note in self._publish(self.run.model):
-            self.emit("warning", message=note, hint="")
         return Report(
             base=Score(**progress["base"]) if progress["base"] else None,
             tuned=Score(**progress["last"]) if progress["last"] else None,
@@ -395,7 +392,7 @@ class Loop:
             best_step=progress["best_step"],
             seconds=round(self._elapsed(), 2),
             peak_memory_bytes=peak_memory(),
-            weights_changed=True,
+            weights_changed=weights_changed,
             forecast=forecast.told(self.run),
         )
 
@@ -435,15 +432,3 @@ def _read_spec(run: RunFolder) -> dict[str, Any]:
     if not isinstance(spec, dict) or not spec.keys() >= SPEC_KEYS:
         raise Broken(f"{run.spec} is damaged, so the run cannot go on.", hint="Start a new run.")
     return dict(spec)
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.csv; infinite when it has none."""
-    number = line.partition(",")[0]
-    return int(number) if number.isdecimal() else math.inf
-
-
-def _csv(values: Any) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(["" if value is None else value for value in values])
-    return line.getvalue()

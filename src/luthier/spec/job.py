@@ -39,6 +39,10 @@ class TrainRequest(BaseModel):
         description="Held-out file, or the share of distinct prompts to hold out (0.1), or auto: a tenth, at most 500 "
         "rows.",
     )
+    proof_data: str | None = Field(
+        default=None,
+        description="Held-out file that the proof is measured on, when the validation rows served to choose something.",
+    )
     metric: str = Field(
         default="auto", description=f"How held-out answers are scored: auto, {', '.join(CHOSEN_METRICS)}."
     )
@@ -174,7 +178,8 @@ class TrainRequest(BaseModel):
         return self
 
     def _thresholds_can_be_met(self) -> None:
-        if self.must_improve is not None and (self.validation is None or self.proof_rows == 0):
+        held = self.validation is not None or self.proof_data is not None
+        if self.must_improve is not None and (not held or self.proof_rows == 0):
             raise ValueError("must_improve is measured on validation rows: give --validation, and not --proof-rows 0")
         if self.max_forgetting is not None and self.forgetting == "off":
             raise ValueError("max_forgetting needs the forgetting meter: leave out --forgetting off")
