@@ -5,6 +5,10 @@ gated MLP, both residuals). What a backward pass needs and a cheap pass can make
 not kept; frozen weights get no gradient, and nothing below the lowest learning weight gets any. `fuse` says of a model
 why it cannot be computed so; it then goes through transformers and PEFT, which are also the slow twin in the tests.
 
+The stream of states from layer to layer, its gradient and the angles of the rotation are float32, whatever the weights
+are: the first tokens of a text have states thousands of times larger than what a layer adds to them (Sun et al., 2024,
+massive activations), every later token attends to them, and in bfloat16 each layer's share would be rounded away there.
+
 Shapes: T tokens, H hidden. Does not know: how tokens attend (attention.py), where rows part (forest.py), losses.
 """
 
@@ -68,7 +72,7 @@ class Norm:
         return pointwise.norm(rows, self.scale, self.epsilon, out)
 
     def again(self, rows: Tensor, inverse: Tensor) -> Tensor:
-        out = torch.empty_like(rows)
+        out = torch.empty_like(rows, dtype=self.weight.dtype)
         pointwise.norm_again(rows, self.scale, inverse, out)
         return out
 
@@ -142,7 +146,7 @@ class Decoder:
 
         `attend` is called as transformers calls its attention functions.
         """
-        states: Tensor = self.decoder.embed_tokens(ids[None])[0]
+        states: Tensor = self.decoder.embed_tokens(ids[None])[0].float()
         turns = list(self._rotations(states, positions))
         for layer, turn in zip(self.layers, turns, strict=True):
             query, key, value, states = _Inward.apply(states, layer, *turn, *layer.inward)  # type: ignore[no-untyped-call]
@@ -157,7 +161,7 @@ class Decoder:
             if layer is self.layers[-1] and len(sources) < len(ids):  # the rest of it is of no use to anyone
                 states, attended = states.index_select(0, sources), attended.index_select(0, sources)
             states = _Outward.apply(states, attended, layer, *layer.outward)  # type: ignore[no-untyped-call]
-        normal: Tensor = self.decoder.norm(states)
+        normal: Tensor = self.decoder.norm(states).to(attended.dtype)
         return normal if len(sources) < len(ids) else normal.index_select(0, sources)
 
     def _window(self, layer: Layer) -> int | None:
@@ -211,7 +215,7 @@ class _Inward(torch.autograd.Function):
         layer, (cos, sin), (inverse, low, joined, head_inverses) = ctx.layer, ctx.turn, ctx.kept
         (states,) = ctx.saved_tensors
         ctx.kept = None
-        grad = states.new_empty(len(states), layer.qkv.outputs)
+        grad = layer.qkv.matrix.new_empty(len(states), layer.qkv.outputs)
         into = layer.split(grad)
         for out, part in zip(into[:2], grads[:2], strict=True):
             pointwise.rotate(part, cos, -sin, out)
@@ -223,8 +227,8 @@ class _Inward(torch.autograd.Function):
         weights = back.weights(layer.before.again(states, inverse)) if layer.qkv.learning else []
         if not (ctx.needs_input_grad[0] or layer.before.learning):
             return (None, None, None, None, *weights, *own)
-        out = back.input()
-        first = layer.before.backward(out, states, inverse, out, grads[3])
+        out = torch.empty_like(states)
+        first = layer.before.backward(back.input(), states, inverse, out, grads[3])
         return (out, None, None, None, *first, *weights, *own)
 
 
@@ -252,7 +256,7 @@ class _Outward(torch.autograd.Function):
         middle, inverse, both, (low_o, low_g, low_d), after, end = ctx.kept
         (attended,) = ctx.saved_tensors
         ctx.kept = None
-        before_end, end_weights = _opened(grad, layer.after_mlp, end)
+        before_end, end_weights = _opened(grad, layer.after_mlp, end, both.dtype)
         back = layer.down.backward(before_end, low_d)
         into, half = back.input(), layer.down.inputs
         gated = torch.empty_like(into) if layer.down.learning else None
@@ -264,9 +268,9 @@ class _Outward(torch.autograd.Function):
         lower = ctx.needs_input_grad[0] or ctx.needs_input_grad[1] or layer.o.learning or layer.middle.learning
         if not (lower or (layer.after_attention and layer.after_attention.learning)):
             return (None, None, None, *weights)
-        out = back.input()
-        middle_weights = layer.middle.backward(out, middle, inverse, out, grad)
-        before_after, after_weights = _opened(out, layer.after_attention, after)
+        out = torch.empty_like(middle)
+        middle_weights = layer.middle.backward(back.input(), middle, inverse, out, grad)
+        before_after, after_weights = _opened(out, layer.after_attention, after, both.dtype)
         back = layer.o.backward(before_after, low_o)
         first = back.weights(attended) if layer.o.learning else []
         into_attended = back.input() if ctx.needs_input_grad[1] else None
@@ -280,15 +284,17 @@ def _closed(
     if norm is None:
         return *projection.forward(wide, residual), None
     plain, low = projection.forward(wide)
-    output = torch.empty_like(plain)
+    output = torch.empty_like(residual)
     inverse = norm.forward(plain, output)
     return output.add_(residual), low, (plain, inverse)
 
 
-def _opened(grad: Tensor, norm: Norm | None, kept: tuple[Tensor, Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-    """The gradient before the closing norm, and its weight's if that learns."""
+def _opened(
+    grad: Tensor, norm: Norm | None, kept: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient before the closing norm in the products' dtype, and its weight's if that learns."""
     if norm is None or kept is None:
-        return grad, []
-    out = torch.empty_like(grad)
+        return grad.to(dtype), []
+    out = torch.empty_like(grad, dtype=dtype)
     own = norm.backward(grad, *kept, out)
     return out, own

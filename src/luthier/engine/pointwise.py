@@ -75,12 +75,11 @@ def norm_backward(
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Rotary embedding (Su et al., 2021) of `heads` [T, N, D] into `out`; cos, sin [T, 1, D/2]. `-sin` turns back."""
     half = heads.shape[-1] // 2
-    first, second = heads[..., :half], heads[..., half:]
-    left, right = out[..., :half], out[..., half:]
-    torch.mul(first, cos, out=left)
-    torch.mul(second, cos, out=right)
-    left.addcmul_(second, sin, value=-1)
-    right.addcmul_(first, sin)
+    for part in slices(heads):
+        first, second = (side.float() for side in heads[part].split(half, dim=-1))
+        left, right = out[part].split(half, dim=-1)
+        left.copy_((first * cos[part]).addcmul_(second, sin[part], value=-1))
+        right.copy_(second.mul(cos[part]).addcmul_(first, sin[part]))
 
 
 @dataclass(frozen=True)

@@ -76,20 +76,23 @@ class Projection:
         return self.inputs + self.ranks
 
     def room(self, like: Tensor) -> Tensor:
-        """An input [T, K + R] with its first K columns to be filled."""
-        return like.new_empty(len(like), self.width)
+        """An input [T, K + R], in the weights' precision, with its first K columns to be filled."""
+        return self.matrix.new_empty(len(like), self.width)
 
     def forward(self, wide: Tensor, plus: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(W x + s B A x (+ plus) [T, N], s A x [T, R]) of x in the first columns of `wide`, whose last R it fills."""
+        """(W x + s B A x (+ plus) [T, N], s A x [T, R]) of x in the first columns of `wide`, whose last R it fills.
+
+        With a `plus` of more precision the sum has that precision.
+        """
         low = wide[:, self.inputs :]
         if self.ranks:
             low = torch.mm(wide[:, : self.inputs], self.down.t()).mul_(self.scale)
             wide[:, self.inputs :] = low
-        if plus is not None and not self.biased:
+        if plus is not None and not self.biased and plus.dtype == wide.dtype:
             return torch.addmm(plus, wide, self.matrix.t()), low
         bias = self._bias()
         output = torch.mm(wide, self.matrix.t()) if bias is None else torch.addmm(bias, wide, self.matrix.t())
-        return (output if plus is None else output.add_(plus)), low
+        return (output if plus is None else output + plus), low
 
     def _bias(self) -> Tensor | None:
         """The layers' biases [N], those that have none with zeros."""
