@@ -109,7 +109,7 @@ class Lean:
         there = set() if mix is None else {adapter.key for adapter in mix.adapters}
         if mix is None or wanted.keys() - there or len(there) > 2 * len(wanted):
             active = [wanted[key] for key in sorted(wanted)]
-            mix = self._mix = lora.stack(active, self.decoder.layout, self.decoder.dtype, self.decoder.packs)
+            mix = self._mix = lora.stack(active, self.decoder.layout, self.decoder.dtype)
         return mix
 
 
