@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from luthier.engine import adapters, catalogue, models, publish
+from luthier.engine import adapters, catalogue, machine, models, publish
 from luthier.spec.errors import BadSetting, NotFound
 from luthier.spec.job import make_request
 from tests.engine.test_publish import attached, logits, save, settings, shake
@@ -55,6 +55,25 @@ def test_load_base(tiny: Path, precision: models.Precision) -> None:
 
 def test_default_precision_is_one_this_machine_multiplies() -> None:
     assert models.default_precision() in ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize(
+    ("gain", "room", "wanted"),
+    [(1.5, 1 << 40, "float32"), (1.1, 1 << 40, "bfloat16"), (0.5, 1 << 40, "bfloat16"), (1.5, 1, "bfloat16")],
+)
+def test_float32_where_it_is_quicker_and_fits(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, gain: float, room: int, wanted: str
+) -> None:
+    monkeypatch.setattr(models, "default_precision", lambda: "bfloat16")
+    monkeypatch.setattr(machine, "product_rate", lambda dtype: gain if dtype == torch.float32 else 1.0)
+    monkeypatch.setattr(machine, "memory_room", lambda: room)
+    precision, why = models.training_precision(tiny)
+    assert precision == wanted
+    assert bool(why) == (wanted == "float32")
+
+
+def test_a_product_is_timed_once() -> None:
+    assert machine.product_rate(torch.float32) == machine.product_rate(torch.float32) > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2", "gpt_neox"])

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from luthier.api.auth import bearer, refused, check_admin
+from luthier.api.auth import bearer, check_admin, refused
 from luthier.store.jobs import Jobs
 
 router = APIRouter(tags=["health"])

@@ -120,7 +120,7 @@ def make_ready(
     classes = classify.prepare(
         request, renderer, train, validation, lambda message: emit("warning", message=message, hint="")
     )
-    precision = request.precision if request.precision != "auto" else models.default_precision()
+    precision = _precision(request, base_folder, resumed, emit)
     whole = forebear is not None and not forebear.adapter
     base: Any = models.load_base(forebear.folder if forebear and whole else base_folder, precision)
     if torch.cuda.is_available():
@@ -330,12 +330,27 @@ def _micro_tokens(request: TrainRequest, base: Any, resumed: dict[str, Any] | No
         return request.micro_tokens
     if resumed is not None:
         return int(resumed["settings"]["micro_tokens"])
-    tokens = models.fitting_tokens(base, whole=not request.uses_adapter)
+    return _of_the_first(models.fitting_tokens(base, whole=not request.uses_adapter))
+
+
+def _of_the_first(number: int) -> int:
+    """The number that the first rank has."""
+    shared = torch.tensor(number)
     if dist.is_initialized():
-        shared = torch.tensor(tokens)
         dist.broadcast(shared, src=0)
-        tokens = int(shared)
-    return tokens
+    return int(shared)
+
+
+def _precision(request: TrainRequest, folder: Path, resumed: dict[str, Any] | None, emit: Emit) -> models.Precision:
+    """The one asked for; else the one that the run began with; else what suits this machine, the first rank's."""
+    if request.precision != "auto":
+        return request.precision
+    if resumed is not None:
+        return "float32" if resumed["settings"]["precision"] == "float32" else "bfloat16"
+    precision, why = models.training_precision(folder)
+    if why:
+        emit("phase", name="load", message=why)
+    return "float32" if _of_the_first(precision == "float32") else "bfloat16"
 
 
 def settle(
