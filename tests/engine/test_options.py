@@ -114,6 +114,12 @@ TABLE: dict[str, tuple[dict[str, Any], Look]] = {
             all(row["prompt"].startswith("is it ") for row in json.loads(run.report.read_text())["proof"]["rows"])
         ),
     ),
+    "keep_general": (
+        {"keep_general": True, "validation": "0.5", "metric": "text"},
+        lambda run, plain: is_true(
+            [json.loads(one.report.read_text())["keeping"] is None for one in (run, plain)] == [False, True]
+        ),
+    ),
     "forgetting": (
         {"forgetting": 1},
         lambda run, plain: is_true(

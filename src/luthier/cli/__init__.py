@@ -24,6 +24,7 @@ from luthier.cli.estimate import estimate
 from luthier.cli.evaluate import evaluate
 from luthier.cli.fix import fix
 from luthier.cli.forgetting import forgetting
+from luthier.cli.keep import keep_general
 from luthier.cli.mix import mix
 from luthier.cli.output import error_object, print_error, print_json, tolerate_narrow_encodings
 from luthier.cli.prepare import prepare
@@ -51,6 +52,7 @@ app.command()(chat)
 app.command()(evaluate)
 app.command()(report)
 app.command()(forgetting)
+app.command("keep-general")(keep_general)
 app.command()(data.tokenize)
 data.app.command("check")(check)
 data.app.command("fix")(fix)

@@ -29,7 +29,7 @@ MOST_POINTS = 4_000  # of the curve; every other one is let go beyond that
 REFRESH = 0.25  # seconds
 WORTH_SAYING = 1.05  # tree ratio: less is no news
 # Phases beside the steps.
-WORDS = {"validate": "validating", "save": "saving", "prove": "proving", "forgetting": "probing"}
+WORDS = {"validate": "validating", "save": "saving", "keep": "weighing", "prove": "proving", "forgetting": "probing"}
 RATE_STEPS = 10  # tokens/s are those of the last steps
 
 
@@ -379,6 +379,8 @@ def summary(report: dict[str, Any], model: str) -> list[tuple[str, str]]:
         lines.append(("did it help", report["proof_note"]))
     if forgotten := report.get("forgetting"):
         lines.append(("forgotten", Forgetting(**forgotten).verdict))
+    if kept := report.get("keeping"):
+        lines.append(("scale", kept["sentence"]))
     if gate := report.get("gate"):
         kept = "passed: may be promoted" if gate["passed"] else "closed: " + " ".join(gate["reasons"])
         lines.append(("gate", kept))

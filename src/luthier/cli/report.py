@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from luthier.cli.keep import show_keeping
 from luthier.cli.live import summary
 from luthier.cli.output import console, print_json, short, typed, visible
 from luthier.cli.proof import show_proof
@@ -42,6 +43,8 @@ def report(
     else:
         for label, value in summary(found.told(), str(folder.model)):
             print(f"{label + ':':17}{visible(value)}")
+        if found.keeping is not None:
+            show_keeping(found.keeping)
         if found.proof is not None:
             show_proof(found.proof)
         else:

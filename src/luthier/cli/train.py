@@ -35,7 +35,7 @@ from luthier.spec.run import RunFolder
 PANELS = {
     "What": ("model", "data", "validation", "template", "recipe", "continue_from"),
     "Proof": ("proof_data", "metric", "proof_rows", "proof_examples", "proof_memory"),
-    "Forgetting": ("forgetting", "replay", "replay_data"),
+    "Forgetting": ("forgetting", "keep_general", "replay", "replay_data"),
     "Gate": ("must_improve", "max_forgetting"),
     "Adapter": ("method", "rank", "alpha", "dropout", "target_modules"),
     "Rows": ("max_length", "overlong", "micro_tokens", "prompt_loss_weight"),
@@ -94,12 +94,13 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     if name in REQUIRED:
         words += " Required, unless --resume is given."
     default = field.get_default(call_default_factory=True)
-    if not field.is_required() and default not in (None, []):
+    if not field.is_required() and default not in (None, [], False):
         words += f" Default: {default}."
     if name in SEPARATED:
         words += " Separated by commas."
-    kind = list[str] | None if name == "data" else str | None
-    option = typer.Option(_flag(name), help=words, metavar=_metavar(field), show_default=False, rich_help_panel=panel)
+    kind: Any = list[str] | None if name == "data" else bool | None if field.annotation is bool else str | None
+    metavar = None if field.annotation is bool else _metavar(field)
+    option = typer.Option(_flag(name), help=words, metavar=metavar, show_default=False, rich_help_panel=panel)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
 
 

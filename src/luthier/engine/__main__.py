@@ -1,6 +1,7 @@
-"""`python -m luthier.engine [--estimate | --part N/D | --score N/D] RUN`: a process's only way into the engine. Carries
-out the run folder it is given; with --estimate only up to the forecast, with --part only up to that share of its steps
-(rung.py), with --score the same, and what it answers by then is scored.
+"""`python -m luthier.engine [--estimate | --part N/D | --score N/D | --keep JSON] RUN`: a process's only way into the
+engine. Carries out the run folder it is given; with --estimate only up to the forecast, with --part only up to that
+share of its steps (rung.py), with --score the same, and what it answers by then is scored; with --keep it chooses a
+scale for a run that is over (keep.py).
 
 Ends with code 0 when the run succeeded or was stopped as asked, else with the error's own code; the last event says
 which. When not even that can be written, the code is UNTOLD. Does not know: who started it.
@@ -9,10 +10,12 @@ which. When not even that can be written, the code is UNTOLD. Does not know: who
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import traceback
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 from luthier.spec.errors import BadData, Broken, LuthierError, NotNow
 from luthier.spec.run import UNTOLD, RunFolder, is_full, is_out_of_memory
@@ -20,15 +23,39 @@ from luthier.spec.run import UNTOLD, RunFolder, is_full, is_out_of_memory
 
 def main(arguments: list[str]) -> int:
     estimate, parted = arguments[:1] == ["--estimate"], arguments[:1] in (["--part"], ["--score"])
-    if len(arguments) != 1 + estimate + 2 * parted:
-        print("usage: python -m luthier.engine [--estimate | --part N/D | --score N/D] RUN", file=sys.stderr)
+    keep = arguments[:1] == ["--keep"]
+    if len(arguments) != 1 + estimate + 2 * (parted or keep):
+        words = "[--estimate | --part N/D | --score N/D | --keep JSON]"
+        print(f"usage: python -m luthier.engine {words} RUN", file=sys.stderr)
         return 2
     try:
         run = RunFolder.open(arguments[-1])
     except LuthierError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    if keep:
+        return keep_general(run, json.loads(arguments[1]))
     return carry_out(run, estimate, (Fraction(arguments[1]), arguments[0] == "--score") if parted else None)
+
+
+def keep_general(run: RunFolder, asked: dict[str, Any]) -> int:
+    """Choose a scale for a run that is over, as `asked` (the fields of keep.Search)."""
+    from luthier.engine import keep
+
+    def heed() -> None:
+        if run.stop_asked:
+            raise NotNow("Stopped.", hint="What was measured is remembered: the same command goes on.")
+
+    def work() -> None:
+        run.stop_note.unlink(missing_ok=True)
+        keep.again(run, keep.Search(**{**asked, "scales": tuple(asked["scales"])}), run.emit, heed)
+
+    try:
+        with run.owned():
+            return _told(run, work)
+    except LuthierError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
 
 
 def carry_out(run: RunFolder, estimate: bool = False, rung: tuple[Fraction, bool] | None = None) -> int:

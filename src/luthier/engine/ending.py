@@ -7,6 +7,7 @@ Does not know: the loop; how answers are judged.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 
 from luthier.data.formats import read_examples
 from luthier.data.render import Renderer
+from luthier.data.split import prompt_key
 from luthier.engine import evaluate, generate, models, prove, rendered
 from luthier.engine.answers import Asker
 from luthier.engine.meter import Meter
@@ -51,6 +53,7 @@ class HeldOut:
     validation: list[Place]
     proof: list[Place]  # in the file `proof_data`; without one the validation rows prove too
     known: int = 0  # rows of that file that ask what training rows ask
+    halved: bool = False  # half of the validation rows choose a scale (keep.py); without proof rows the others prove
 
     @classmethod
     def of(cls, ready: Ready) -> HeldOut | None:
@@ -65,13 +68,26 @@ class HeldOut:
             places = [places[n] for n in sorted(picked)]
         held = list(dict.fromkeys(ready.validation.places if ready.validation else ()))
         proof, known = _proof_rows(ready)
-        return cls(ready.request, ready.renderer, ready.settings.precision, seed, places, held, proof, known)
+        halved = ready.request.keep_general
+        return cls(ready.request, ready.renderer, ready.settings.precision, seed, places, held, proof, known, halved)
 
     def examples(self, heed: Callable[[], None]) -> list[Example]:
         """The rows that prove, read again. Raises LuthierError when they are not there any more."""
         if self.request.proof_data is None:
-            return self.deciding(heed)
+            return self._half(self.deciding(heed), 1) if self.halved else self.deciding(heed)
         return _read([self.request.proof_data], self.proof, heed)
+
+    def choosing(self, heed: Callable[[], None]) -> list[Example]:
+        """The rows that choose a scale: none of those that prove. Raises as `examples` does."""
+        found = self.deciding(heed)
+        return found if self.request.proof_data is not None else self._half(found, 0)
+
+    def _half(self, examples: list[Example], which: int) -> list[Example]:
+        """Every other prompt, in an order by the seed; whole prompts stay together."""
+        keys = {prompt_key(example) for example in examples}
+        order = sorted(keys, key=lambda key: hashlib.sha256(self.seed.to_bytes(8, "little") + key).digest())
+        chosen = set(order[which::2])
+        return [example for example in examples if prompt_key(example) in chosen]
 
     def deciding(self, heed: Callable[[], None]) -> list[Example]:
         """The validation rows, read again. Raises as `examples` does."""
@@ -146,12 +162,12 @@ def score(run: RunFolder, held: HeldOut, folder: Path, emit: Emit, heed: Callabl
     examples = held.deciding(heed)
     material = evaluate.prepare(held.renderer, [*_fitting(held.renderer, examples, context, notes)], context, "")
     plan = prove.Plan(
-        held.request.metric, rows=prove.MOST_ROWS, examples=0, seed=held.seed, memory=_memory(run, held.request)
+        held.request.metric, rows=prove.MOST_ROWS, examples=0, seed=held.seed, memory=memory_of(run, held.request)
     )
     return _asked(held, loaded, material, plan, context, None, (), emit, heed, notes)
 
 
-def _memory(run: RunFolder, request: TrainRequest) -> Path:
+def memory_of(run: RunFolder, request: TrainRequest) -> Path:
     return prove.memory_folder() if request.proof_memory == "shared" else run.answers
 
 
@@ -167,6 +183,8 @@ def _tries(run: RunFolder) -> int:
             tries += 1
         elif event["type"] == "stopped" and tries:
             tries -= 1
+        elif event["type"] == "finished":
+            tries = 0
     return tries
 
 
@@ -190,7 +208,7 @@ def _prove(run: RunFolder, held: HeldOut, train_seconds: float, emit: Emit, heed
         seconds=max(0.0, train_seconds * SHARE - (time.monotonic() - begun)) if auto else None,
         examples=request.proof_examples,
         seed=held.seed,
-        memory=_memory(run, request),
+        memory=memory_of(run, request),
         why_seconds="a third of the training time",
     )
     if held.known:

@@ -77,10 +77,10 @@ def evaluate(
         tell(f"{silent} rows have an empty prompt: their loss is measured, and there is no answer to ask for.")
     plan = plan or prove.Plan()
     untuned = prove.untuned(loaded, base, tell) if compare else None
-    report = Report(tuned=_score(loaded.model, material, micro_tokens, progress, "tuned"))
+    report = Report(tuned=score_rows(loaded.model, material, micro_tokens, progress, "tuned"))
     if untuned is not None:
         with untuned.open() as model:
-            report.base = _score(model, material, micro_tokens, progress, "base")
+            report.base = score_rows(model, material, micro_tokens, progress, "base")
     if material.questions:
         most = max_tokens or answer_tokens(renderer, material.questions, tell)
         asker = Asker(renderer, context, generate.Sampling(max_tokens=most), batch_size)
@@ -96,7 +96,10 @@ def evaluate(
     return report
 
 
-def _score(model: Any, material: Material, micro_tokens: int, progress: Progress | None, name: str) -> Score:
+def score_rows(
+    model: Any, material: Material, micro_tokens: int = MICRO_TOKENS, progress: Progress | None = None, name: str = ""
+) -> Score:
+    """Loss and token accuracy over all rows of `material`."""
     bar = (lambda done, total: progress(f"Loss of the {name} model", done, total)) if progress else None
     with step.forests(model):
         sums = stream.measure_rows(model, material.rows, micro_tokens, progress=bar)

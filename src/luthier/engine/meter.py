@@ -21,6 +21,7 @@ from luthier.spec.errors import LuthierError
 from luthier.spec.forgetting import Forgetting
 from luthier.spec.gate import Gate, judge
 from luthier.spec.job import TrainRequest
+from luthier.spec.keeping import ITEMS
 from luthier.spec.report import Report
 from luthier.spec.run import RunFolder
 
@@ -40,15 +41,17 @@ class Meter:
     request: TrainRequest
     renderer: Renderer
     precision: models.Precision
+    halved: bool = False  # half of the probe chose a scale (keep.py), the other half measures
 
     @classmethod
     def of(cls, ready: Ready) -> Meter:
-        return cls(ready.request, ready.renderer, ready.settings.precision)
+        return cls(ready.request, ready.renderer, ready.settings.precision, ready.request.keep_general)
 
     def conclude(self, run: RunFolder, report: Report, emit: Emit, heed: Callable[[], None]) -> None:
         """Fill in the report's `forgetting` and `gate`. `heed` may raise, to stop."""
         request = self.request
-        if count := items_worth(request, report.physical_tokens):
+        worth = items_worth(request, report.physical_tokens)
+        if count := max(worth, ITEMS) if self.halved else worth:
             emit("phase", name="forgetting", message=f"Asking {count} general items: what was forgotten")
             try:
                 report.forgetting = self._measure(run, count, emit, heed)
@@ -61,7 +64,7 @@ class Meter:
             emit("warning", message=refusal(report.gate), hint="The model is kept.")
 
     def _measure(self, run: RunFolder, count: int, emit: Emit, heed: Callable[[], None]) -> Forgetting:
-        items = probe.sample(probe.general(), count)
+        items = probe.sample(probe.half(probe.general(), 1) if self.halved else probe.general(), count)
         loaded = models.load_for_use(str(run.path), self.precision)
         model: Any = loaded.model
         if torch.cuda.is_available():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -378,8 +379,12 @@ def memory_folder() -> Path:
 
 
 def weights_hash(folder: Path) -> str:
-    """Which weights lie in a model folder."""
+    """Which weights lie in a model folder, and at which scale."""
     whole = hashlib.sha256()
+    with contextlib.suppress(OSError, ValueError):
+        note = json.loads((folder / adapters.NOTE).read_text(encoding="utf-8"))
+        if note.get("scale", 1.0) != 1.0:
+            whole.update(f"scale {note['scale']!r}".encode())
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb") as handle:
             whole.update(hashlib.file_digest(handle, "sha256").digest())

@@ -7,6 +7,7 @@ Does not know: how the weights were trained, whether they are good (evaluate.py)
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -116,6 +117,36 @@ def publish(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return notes
+
+
+def replace(out: Path, source: Path, kept: Path, model: Any, adapter: bool, scale: float) -> None:
+    """`out` becomes the model in `source` at `scale`, whole at every instant; the model at scale 1 is kept in `kept`.
+
+    An adapter's scale goes into its alpha, so its weights keep their bytes; of a full model `model` holds the weights
+    to write. Raises NotNow when the disk refuses.
+    """
+    if not kept.exists():
+        copy = _work_folder(kept)
+        shutil.copytree(source, copy, dirs_exist_ok=True)
+        _move_into_place(copy, kept)
+    work = _work_folder(out)
+    try:
+        shutil.copytree(kept, work, dirs_exist_ok=True)
+        note = read_json(work / adapters.NOTE)
+        (work / adapters.NOTE).unlink()
+        if adapter:
+            config = read_json(work / adapters.CONFIG)
+            config["lora_alpha"] = config["lora_alpha"] * scale
+            config["alpha_pattern"] = {name: value * scale for name, value in config.get("alpha_pattern", {}).items()}
+            write_json(work / adapters.CONFIG, config)
+        elif scale != 1.0:
+            _write_full(work, model, {})
+        _write_note(work, note["kind"], note["method"], note["base"], scale)
+        _move_into_place(work, out)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _own(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -272,20 +303,22 @@ def _rejected(work: Path, out: Path, sentence: str, hint: str) -> LuthierError:
     return UserError(f"The result was not published. {sentence} The weights are kept in {place}.", hint=hint)
 
 
-def _write_note(work: Path, kind: str, method: str, base: dict[str, str]) -> None:
+def _write_note(work: Path, kind: str, method: str, base: dict[str, str], scale: float = 1.0) -> None:
     files = {}
     for path in sorted(work.iterdir()):
         with open(path, "rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
-    note = {
+    note: dict[str, Any] = {
         "kind": kind,
         "method": method,
         "base": base,
         "versions": {"luthier": luthier.__version__, **packages},
         "files": files,
     }
+    if scale != 1.0:
+        note["scale"] = scale
     write_json(work / adapters.NOTE, note)
 
 
@@ -296,7 +329,9 @@ def _move_into_place(work: Path, out: Path) -> None:
             os.fsync(handle.fileno())
     work.chmod(0o755)
     fsync_directory(work)
-    if out.exists():
+    if out.exists() and _exchanged(work, out):
+        shutil.rmtree(work)
+    elif out.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".work", dir=out.parent))
         out.rename(old / "old")
         work.rename(out)
@@ -304,3 +339,11 @@ def _move_into_place(work: Path, out: Path) -> None:
     else:
         work.rename(out)
     fsync_directory(out.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders trade names in one step, so that neither name is ever without one; False where the system has no
+    such call (Linux has, renameat2 with RENAME_EXCHANGE)."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    here = -100  # AT_FDCWD
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), 2) == 0

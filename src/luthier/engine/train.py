@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from luthier import __version__
-from luthier.engine import checkpoint, forecast, meter, metrics_file, publish, rung, stream
+from luthier.engine import checkpoint, forecast, keep, meter, metrics_file, publish, rung, stream
 from luthier.engine.ending import HeldOut, end
 from luthier.engine.machine import peak_memory
 from luthier.engine.rung import Part
@@ -87,6 +87,7 @@ def train(run: RunFolder, estimate: bool = False, part: Part | None = None) -> N
                 rung.conclude(run, report, steps, held, part, emit, heed)
             raise Stopped(start)
         if rank == 0:
+            keep.in_a_run(run, report, held, asked, emit, heed)
             end(run, report, held, asked, train_seconds, emit, heed)
     except Stopped as stopped:
         at = stopped.args[0] if stopped.args else start

@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from luthier.proof import pareto
 from luthier.proof.judge import p_words
 from luthier.spec.proof import Comparison, Proof, ProofRow, WayName
 from luthier.spec.report import Report
@@ -71,6 +72,7 @@ def page(report: Report, found: Curves | None = None) -> str:
         samples=_samples(proof) if proof else [],
         details=_details(proof) if proof else [],
         saved=_saved(proof) if proof else None,
+        kept=pareto.section(report.keeping),
     )
 
 

@@ -193,6 +193,15 @@ def sample(items: Sequence[Item], count: int | None) -> list[Item]:
     return [item for item in items if item.id in kept]
 
 
+def half(items: Sequence[Item], which: int) -> list[Item]:
+    """One half of the items, 0 or 1, every other one of each part: what chooses a model must not measure it."""
+    ranks: dict[tuple[str, str], list[str]] = {}
+    for item in items:
+        ranks.setdefault(item.part, []).append(item.id)
+    chosen = {id for ids in ranks.values() for id in sorted(ids, key=_draw)[which::2]}
+    return [item for item in items if item.id in chosen]
+
+
 def _draw(id: str) -> bytes:
     return hashlib.sha256(f"sample:{id}".encode()).digest()
 

@@ -63,6 +63,11 @@ class TrainRequest(BaseModel):
         description="Items of the general probe that base and result are asked at the end; auto: a number meant to "
         "take about a sixth of the training time, none for short runs; off.",
     )
+    keep_general: bool = Field(
+        default=False,
+        description="Publish the model at the scale that best keeps general ability: its tuning is multiplied by 0.25, "
+        "0.5, 0.75 or 1, whichever forgets least and keeps 95% of the gain. Half of the validation rows choose.",
+    )
     replay: Annotated[float, Field(ge=0, le=10)] = Field(
         default=0.0,
         description="General rows to mix in against forgetting, as a share of the training rows (0.1), from "
@@ -175,6 +180,17 @@ class TrainRequest(BaseModel):
     def _replay_has_rows(self) -> TrainRequest:
         if bool(self.replay) is not bool(self.replay_data):
             raise ValueError("replay and replay_data need each other: how many general rows, and where they lie")
+        return self
+
+    @model_validator(mode="after")
+    def _scales_can_be_chosen(self) -> TrainRequest:
+        if self.keep_general and (self.validation is None or self.proof_rows == 0 or self.forgetting == "off"):
+            raise ValueError(
+                "keep_general chooses by validation rows and the forgetting meter: give --validation, and neither "
+                "--proof-rows 0 nor --forgetting off"
+            )
+        if self.keep_general and self.method == "dora":
+            raise ValueError("keep_general cannot scale dora, whose magnitudes learn too")
         return self
 
     def _thresholds_can_be_met(self) -> None:

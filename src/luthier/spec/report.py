@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from luthier.spec.forecast import Forecast
 from luthier.spec.forgetting import Forgetting
 from luthier.spec.gate import Gate
+from luthier.spec.keeping import Keeping
 from luthier.spec.proof import Proof
 
 
@@ -58,6 +59,7 @@ class Report(BaseModel):
     proof: Proof | None = Field(default=None, description="Whether it helped, by what the models answered.")
     proof_note: str | None = Field(default=None, description="Why there is no proof, when there should be one.")
     forgetting: Forgetting | None = Field(default=None, description="What was lost of general abilities.")
+    keeping: Keeping | None = Field(default=None, description="The scale that was chosen, and what others give.")
     gate: Gate | None = Field(default=None, description="Whether it kept to the thresholds; null without any.")
     forecast: Forecast | None = Field(default=None, description="What was foretold before the first step.")
 

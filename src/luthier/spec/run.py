@@ -7,6 +7,7 @@
       metrics.csv       one row an optimizer step
       checkpoints/      step-00000012/ ...: appear complete, by rename
       published/        step-00000012/ ...: checkpoints as models that can be used, when asked for
+      model.scale-1/    the result as it was trained, when model/ is at another scale
       model/            the result: adapter or full model, tokenizer, template, generation_config
       report.json       what was measured
       report.html       the same as a page
@@ -36,7 +37,7 @@ from luthier.spec.errors import NotFound, NotNow
 # Events, in the order a run emits them; the value says which keys each carries beside `time` and `type`.
 EVENTS: dict[str, str] = {
     "started": "pid, run, version, resumed_from (step or null)",
-    "phase": "name (load | data | plan | forecast | train | validate | save | prove | forgetting), message",
+    "phase": "name (load | data | plan | forecast | train | validate | save | keep | prove | forgetting), message",
     "progress": "name, done, total: long work that is not a training step",
     "prepared": "rows, train_rows, validation_rows, tokens, supervised_tokens, physical_tokens, tree_ratio, "
     "dropped, truncated, steps, settings (the resolved ones)",

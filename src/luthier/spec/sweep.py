@@ -155,10 +155,12 @@ def command_words(request: TrainRequest, settings: dict[str, Any], out: str) -> 
     values |= {name: settings[name] for name in ("seed", "micro_tokens", "precision")}
     words = ["luthier", "train"]
     for name, value in values.items():
-        if value is None or value == []:
+        if value is None or value is False or value == []:
             continue
         option = f"--{name.replace('_', '-')}"
-        if name == "data":
+        if value is True:
+            words.append(option)
+        elif name == "data":
             words += [word for path in value for word in (option, str(path))]
         else:
             words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
