@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks.training import ladder, report, runs, stages
 from benchmarks.training.systems import SYSTEMS
 from benchmarks.training.workloads import CASES
+from luthier.engine import models
 
 STAGES = ("gate", "sweep", "time", "target", "ladder", "profile", "report")
 LONG = {"target": ("S3",), "ladder": ("S1", "S3", "C1")}
@@ -39,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--series", default="", help="name of the times taken; default: after the engine's sources")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="of the report; cpu on a busy machine")
     parser.add_argument("--folder", type=Path, default=runs.ROOT / ".bench", help="where runs are kept")
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], help="of the tuned; default: the quicker one")
     parser.add_argument("--launcher", default="", help="a command to start every run through, such as taskset -c 0,1")
     options = parser.parse_args()
     for name, given, known in (
@@ -55,10 +57,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    place = runs.Place(options.folder.absolute(), options.launcher)
+    place = runs.Place(options.folder.absolute(), options.launcher, options.precision or models.quicker())
     series = options.series or runs.engine_code()
     peers = [name for name in SYSTEMS if name in {"luthier", *options.peers}]
-    stages.say(f"series {series}, load before: {os.getloadavg()[0]:.1f}")
+    stages.say(f"series {series}, {place.precision}, load before: {os.getloadavg()[0]:.1f}")
     for name in options.case:
         case = CASES[name]
         systems = [system for system in map(SYSTEMS.__getitem__, peers) if system.fits(case)]

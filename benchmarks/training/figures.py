@@ -37,7 +37,7 @@ def of_case(place: Place, series: str, case: Case, clock: str = "wall") -> Found
         return None
     work = _Work(place, case)
     ceilings = [found for path in rounds if (found := runs.load(path / "ceiling" / "result.json"))]
-    peak = statistics.median(found["bfloat16"] for found in ceilings) if ceilings else None
+    peak = max(statistics.median(found[kind] for found in ceilings) for kind in CEILINGS[:2]) if ceilings else None
     if peak and clock == "cpu":
         peak /= ceilings[0]["threads"]
     times = {name: _times(rounds, name, clock) for name in SYSTEMS}

@@ -93,7 +93,7 @@ def _bfloat16(stack: ExitStack) -> None:
     """Weights and activations in float32."""
     from luthier.engine import models
 
-    stack.enter_context(mock.patch.object(models, "default_precision", return_value="float32"))
+    stack.enter_context(mock.patch.object(models, "training_precision", return_value=("float32", "")))
 
 
 RUNGS = {

@@ -30,10 +30,16 @@ REFERENCE_USES = ("peft==", "torch==", "transformers==")  # of our own environme
 
 @dataclass(frozen=True)
 class Place:
-    """Where things lie, and the command that every run is started through ("" for none)."""
+    """Where things lie, the command that every run is started through ("" for none), and what tuned peers compute in:
+    whatever the processor multiplies faster, as every trainer can be told."""
 
     folder: Path
     launcher: str
+    precision: str = "bfloat16"  # | float32
+
+    def kept(self, what: str) -> Path:
+        """The folder of all results of a kind, which are results at this precision."""
+        return self.folder / (what if self.precision == "bfloat16" else f"{what}-{self.precision}")
 
     def model(self, case: Case) -> Path:
         from luthier.engine import catalogue
@@ -122,6 +128,7 @@ def do(place: Place, case: Case, system: System, out: Path, ask: Ask) -> dict[st
         "adapter": str(place.adapter(case)),
         "out": str(out),
         "setting": system.setting,
+        "precision": place.precision,
         "rows_per_step": ask.rows,
         "steps": ask.steps,
         "micro": ask.micro,

@@ -32,7 +32,7 @@ def say(*words: object) -> None:
 def gate_folder(place: Place, case: Case, system: System) -> Path:
     """Named by all that a verdict depends on."""
     rows = f"{runs.rows_name(case)}-{case.gate_rows}x{case.gate_steps}"
-    return place.folder / "gate" / rows / runs.label(system)
+    return place.kept("gate") / rows / runs.label(system)
 
 
 def prove(place: Place, case: Case, system: System) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def passed(place: Place, case: Case, system: System) -> bool:
 
 
 def series_folder(place: Place, series: str, case: Case) -> Path:
-    return place.folder / "times" / series / case.name
+    return place.kept("times") / series / case.name
 
 
 def take_turns(
@@ -164,7 +164,7 @@ def to_target(place: Place, case: Case, systems: Sequence[System], steps: int) -
 
 
 def target_folder(place: Place, case: Case, system: System, steps: int) -> Path:
-    return place.folder / "target" / runs.rows_name(case) / runs.label(system) / f"{steps}-steps"
+    return place.kept("target") / runs.rows_name(case) / runs.label(system) / f"{steps}-steps"
 
 
 # -- where our time goes -----------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def rows(case: Case) -> int:
 
 
 def folder(place: Place, case: Case, system: System, micro: int) -> Path:
-    return place.folder / "sweep" / runs.rows_name(case) / runs.label(system) / f"micro-{micro}"
+    return place.kept("sweep") / runs.rows_name(case) / runs.label(system) / f"micro-{micro}"
 
 
 def carry_out(place: Place, case: Case, system: System) -> Tried:

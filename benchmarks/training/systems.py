@@ -36,6 +36,8 @@ class System:
         return (self.full or not case.full) and (self.gemma or case.model != GEMMA)
 
 
+QUICKER = "bfloat16 or float32, whichever the processor multiplies faster"
+WHOLE = "(all weights: float32, under autocast where bfloat16 is the quicker)"
 SYSTEMS: dict[str, System] = {
     system.name: system
     for system in (
@@ -46,7 +48,7 @@ SYSTEMS: dict[str, System] = {
             "flat",
             "tuned",
             "huggingface",
-            "bfloat16 weights and adapters with float32 masters, maskless SDPA, head at learnt positions in one pass, "
+            f"{QUICKER}, float32 masters, maskless SDPA, head at learnt positions in one pass, "
             "no checkpointing, rows of a step sorted by length",
             True,
         ),
@@ -56,7 +58,7 @@ SYSTEMS: dict[str, System] = {
             "trl_sft",
             "tuned",
             "huggingface",
-            "bfloat16 weights and adapters (all weights: float32 under autocast), no checkpointing, SDPA, rows of a "
+            f"{QUICKER}, {WHOLE}, no checkpointing, SDPA, rows of a "
             "step sorted by length; packing is off: TRL knows it to be sound with FlashAttention alone",
             True,
         ),
@@ -67,8 +69,7 @@ SYSTEMS: dict[str, System] = {
             "trainer",
             "tuned",
             "huggingface",
-            "bfloat16 weights and adapters (all weights: float32 under autocast), SDPA, rows of a step sorted by "
-            "length",
+            f"{QUICKER}, {WHOLE}, SDPA, rows of a step sorted by length",
             True,
         ),
         System(
@@ -80,7 +81,8 @@ SYSTEMS: dict[str, System] = {
             "llamafactory_sft",
             "tuned",
             "llamafactory",
-            "no checkpointing, SDPA, rows of a step sorted by length; its `pure_bf16` is refused without a GPU",
+            f"{QUICKER} (its `pure_bf16` is refused without a GPU), no checkpointing, SDPA, rows of a step sorted by "
+            "length",
             True,
         ),
         System(
@@ -97,7 +99,7 @@ SYSTEMS: dict[str, System] = {
             "torchtune_lora",
             "tuned",
             "torchtune",
-            "bfloat16 throughout (its default), no checkpointing, rows of a step sorted by length",
+            f"{QUICKER} throughout, no checkpointing, rows of a step sorted by length",
             True,
             gemma=False,
             full=False,

@@ -1,9 +1,9 @@
 """The flat loop that a careful person writes by hand: transformers and PEFT with all that helps and nothing else.
 
-bfloat16 weights and adapters with float32 masters, causal SDPA without a mask (padding lies to the right, where no
-real token sees it), rows of a step sorted by length, head at learnt positions only and its gradient taken slice by
-slice, no checkpointing. With the setting "reference" the same arithmetic in float32, one row at a time and with the
-model's own logits at every position: what the gate compares with.
+Weights and adapters in the precision that the processor multiplies faster, with float32 masters, causal SDPA without a
+mask (padding lies to the right, where no real token sees it), rows of a step sorted by length, head at learnt positions
+only and its gradient taken slice by slice, no checkpointing. With the setting "reference" the same arithmetic in
+float32, one row at a time and with the model's own logits at every position: what the gate compares with.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def backward_plainly(model: Any, rows: list[tuple[list[int], list[int]]], learnt
 def train(job: jobs.Job) -> jobs.Record:
     """Carry out the job in this process."""
     plainly = job.setting == "reference"
-    model = load(job, torch.float32 if plainly else torch.bfloat16)
+    model = load(job, torch.float32 if plainly else getattr(torch, job.precision))
     learning = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     masters = {name: weight.detach().float().clone() for name, weight in learning.items()}
     optimizer = torch.optim.AdamW(masters.values(), lr=job.rate, weight_decay=0.0, foreach=True)

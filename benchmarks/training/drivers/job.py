@@ -42,10 +42,21 @@ class Job:
     gradients: bool  # write those of the first step
     keep_every: int  # write what was learnt after each so many steps; 0: never
     without: list[str] = field(default_factory=list)  # engine features to turn off (the ladder)
+    precision: str = "bfloat16"  # | float32: of weights and activations when tuned
 
     @property
     def tuned(self) -> bool:
         return self.setting == "tuned"
+
+    @property
+    def autocast(self) -> bool:
+        """Whether float32 weights are multiplied in bfloat16: by default, and where tuned trains every weight in it."""
+        return not self.tuned or (self.full and self.precision == "bfloat16")
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights when tuned."""
+        return "float32" if self.full else self.precision
 
 
 def read() -> Job:

@@ -1,7 +1,8 @@
 """LLaMA-Factory's own `run_exp` with rows that were tokenised beforehand.
 
-Default: its LoRA example (bfloat16 weights under float32 adapters, checkpointing on). Tuned: no checkpointing, the
-batch of a sweep; its `pure_bf16` is refused without a GPU. It starts from the common adapter as from one of its own.
+Default: its LoRA example (bfloat16 weights under float32 adapters, checkpointing on). Tuned: no checkpointing,
+float32 throughout where the job says so, the batch of a sweep; its `pure_bf16` is refused without a GPU. It starts from
+the common adapter as from one of its own.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
     adapter = {} if job.full else {"adapter_name_or_path": job.adapter, "lora_target": "all", "lora_rank": 16}
     arguments = {
         **told,
-        "bf16": True,
+        "bf16": not job.tuned or job.precision == "bfloat16",
         "disable_gradient_checkpointing": job.tuned,
         **adapter,
         "stage": "sft",

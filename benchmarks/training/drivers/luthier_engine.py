@@ -85,9 +85,9 @@ def _in_place(job: jobs.Job, record: jobs.Record) -> Iterator[None]:
             raise Spent
         return measured
 
-    def go_timed(self: Any, start: int) -> None:
+    def go_timed(self: Any, *given: Any) -> None:
         record.begin()
-        go(self, start)
+        go(self, *given)
 
     with (
         mock.patch.object(setup, "_read_data", read_data),

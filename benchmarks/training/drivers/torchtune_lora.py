@@ -1,4 +1,4 @@
-"""torchtune's recipe `lora_finetune_single_device` on rows of ids: bfloat16 throughout, as it ships.
+"""torchtune's recipe `lora_finetune_single_device` on rows of ids: in one precision throughout, bfloat16 as it ships.
 
 Its Llama keeps each head's rotary halves interleaved, so rows of B for queries and keys are put in its order on the way
 in and back in ours on the way out. Tuned differs from default in the order of a step's rows and in the micro-batch.
@@ -107,7 +107,7 @@ def settings(job: jobs.Job, model: dict[str, Any]) -> dict[str, Any]:
         "compile": False,
         "metric_logger": {"_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": f"{out}/logs"},
         "device": "cpu",
-        "dtype": "bf16",
+        "dtype": "bf16" if job.precision == "bfloat16" else "fp32",
         "enable_activation_checkpointing": False,
         "enable_activation_offloading": False,
     }

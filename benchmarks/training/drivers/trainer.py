@@ -1,4 +1,4 @@
-"""transformers' Trainer with PEFT. Default: as its documentation shows it. Tuned: bfloat16, the batch of a sweep.
+"""transformers' Trainer with PEFT. Default: as its documentation shows it. Tuned: one precision, a swept batch.
 
 Where every weight learns, tuned keeps float32 weights under autocast: small updates of bfloat16 ones round to nothing.
 """
@@ -17,8 +17,7 @@ def load(job: jobs.Job) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if job.full else torch.bfloat16
-    own: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"} if job.tuned else {}
+    own: dict[str, Any] = {"dtype": getattr(torch, job.dtype), "attn_implementation": "sdpa"} if job.tuned else {}
     model: Any = AutoModelForCausalLM.from_pretrained(job.model, **own)
     if job.full:
         return model
@@ -38,7 +37,7 @@ def main() -> None:
     told = callback.arguments(job)
     trainer = Trainer(
         model=load(job),
-        args=TrainingArguments(**told, train_sampling_strategy="sequential", bf16=job.full or not job.tuned),
+        args=TrainingArguments(**told, train_sampling_strategy="sequential", bf16=job.autocast),
         train_dataset=data,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         callbacks=[callback.Clock(job, record)],

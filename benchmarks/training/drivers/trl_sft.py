@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer. Default: what `SFTConfig()` says. Tuned: bfloat16 weights, no checkpointing, the batch of a sweep.
+"""TRL's SFTTrainer. Default: what `SFTConfig()` says. Tuned: one precision, no checkpointing, a swept batch.
 
 Where every weight learns, tuned keeps float32 weights under autocast: small updates of bfloat16 ones round to nothing.
 Packing stays off in both: TRL knows it to be sound with FlashAttention alone, which no CPU has.
@@ -24,10 +24,9 @@ def main() -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(job.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     told: dict[str, Any] = {**callback.arguments(job), "max_length": None, "train_sampling_strategy": "sequential"}
-    pure = job.tuned and not job.full
-    told |= {"bf16": not pure, "gradient_checkpointing": False} if job.tuned else {}
+    told |= {"bf16": job.autocast, "gradient_checkpointing": False} if job.tuned else {}
     # Given a name, TRL loads float32 weights unless told otherwise; the adapter is put on a model loaded the same way.
-    dtype = "bfloat16" if pure else "float32"
+    dtype = job.dtype if job.tuned else "float32"
     model: Any = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation="sdpa")
     if not job.full:
         model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=not job.tuned)

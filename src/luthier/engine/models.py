@@ -53,22 +53,26 @@ def default_precision() -> Precision:
     return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
 
 
-def training_precision(folder: Path) -> tuple[Precision, str]:
-    """(what to train the model in `folder` in, why, where that is not `default_precision`).
-
-    Processors that multiply bfloat16 natively need not do so faster: without AMX, an Intel one may take twice the time
-    of float32. So both are tried, and float32 is taken where it is quicker by a fifth and its weights, twice as large,
-    fill no more than a quarter of the memory that is free. A result is as fine as the finer of the two at least.
-    """
+def quicker() -> Precision:
+    """bfloat16 unless this machine multiplies float32 faster by a fifth. Processors that multiply bfloat16 natively
+    need not do so: without AMX, an Intel one may take twice the time of float32. So both are tried."""
     usual = default_precision()
     if usual == "float32" or torch.cuda.is_available():
-        return usual, ""
+        return usual
     gain = machine.product_rate(torch.float32) / machine.product_rate(torch.bfloat16)
+    return usual if gain < FASTER else "float32"
+
+
+def training_precision(folder: Path) -> tuple[Precision, str]:
+    """(what to train the model in `folder` in, why, where that is not `default_precision`): float32 where it is the
+    quicker one and its weights, twice as large, fill no more than a quarter of the memory that is free."""
+    usual, best = default_precision(), quicker()
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     room = machine.memory_room()
-    if gain < FASTER or (room is not None and 2 * stored > room / 4):
+    if best == usual or (room is not None and 2 * stored > room / 4):
         return usual, ""
-    return "float32", f"This processor multiplies float32 {gain:.1f} times as fast as bfloat16, so float32 it is."
+    gain = machine.product_rate(torch.float32) / machine.product_rate(torch.bfloat16)
+    return best, f"This processor multiplies float32 {gain:.1f} times as fast as bfloat16, so float32 it is."
 
 
 def load_base(folder: Path, precision: Precision) -> PreTrainedModel:
