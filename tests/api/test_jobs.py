@@ -56,6 +56,8 @@ def test_a_new_job_has_every_field(client: TestClient, services: Services) -> No
         "usage_metrics": None,
         "shared_with_openai": False,
         "proof": None,
+        "forgetting": None,
+        "gate": None,
     }
 
 

@@ -208,7 +208,10 @@ def test_before_the_first_step_phases_are_listed() -> None:
 
 FORECAST = {
     "type": "forecast", "seconds": 75.2, "peak_memory_bytes": 1_250_000_000, "disk_bytes": 80_000_000,
-    "load_seconds": 5.2, "train_seconds": 60.0, "validate_seconds": 8.0, "save_seconds": 2.0,
+    "load_seconds": 5.2, "train_seconds": 40.0, "validate_seconds": 8.0, "save_seconds": 2.0, "prove_seconds": 13.0,
+    "forget_seconds": 7.0, "probe_items": 60, "rows": 8, "dropped": 0, "truncated": 0, "lost_tokens": 0, "tokens": 80,
+    "supervised_tokens": 8, "tree_ratio": None, "epochs": 1, "steps": 2, "micro_batches": 2, "memory_bytes": None,
+    "free_disk_bytes": 10**10, "measured": True,
 }  # fmt: skip
 
 
@@ -219,7 +222,17 @@ def test_the_forecast_is_said_before_and_after(capsys: pytest.CaptureFixture[str
     view.see(FORECAST)
     assert capsys.readouterr().out.splitlines() == ["Measuring.", f"{words}."]
     assert view.account.phases == [words]
-    assert ("foretold", "1:15, at most 1.25 GB") in summary({**REPORT, "forecast": FORECAST}, "m")
+    told = {name: value for name, value in FORECAST.items() if name not in ("type", "seconds")}
+    parts = [
+        {"name": "training", "foretold": 40.0, "seconds": 44.0, "share": 1.0},
+        {"name": "proof", "foretold": 13.0, "seconds": 11.0, "share": 0.25},
+        {"name": "forgetting", "foretold": None, "seconds": 66.0, "share": 1.5},
+    ]
+    lines = summary({**REPORT, "forecast": told, "parts": parts}, "m")
+    assert ("foretold", "1:15, at most 1.25 GB") in lines
+    assert ("training", "0:44; foretold 0:40") in lines
+    assert ("proof", "0:11; foretold 0:13; 25% of the training's time") in lines
+    assert ("forgetting", "1:06; 150% of the training's time") in lines
 
 
 def test_plain_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:

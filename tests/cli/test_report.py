@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from luthier.proof.forgetting import compare
+from luthier.proof.probe import Item
+from luthier.spec.gate import judge
 from luthier.spec.report import Report
 from luthier.spec.run import RunFolder
 from tests.cli.calling import Run, caller
@@ -69,3 +73,18 @@ def test_what_cannot_be_shown_is_told(run: Run, tmp_path: Path, tiny: Path, fini
     assert code == 1 and "cannot be read" in err
     code, out, _ = run(finished.path, "--json", "--html")
     assert code == 2 and "one of the two" in out
+
+
+def test_what_was_forgotten_and_the_gate_are_shown(run: Run, tmp_path: Path, finished: RunFolder) -> None:
+    shown = RunFolder(tmp_path / "run").create(json.loads(finished.request.read_text()))
+    items = [Item(f"c{n}", "knowledge", "en", pairs=(("a", " b"), ("a", " c"))) for n in range(20)]
+    before, after = ({item.id: float(n >= lost) for n, item in enumerate(items)} for lost in (0, 5))
+    report = Report.model_validate_json(finished.report.read_text())
+    report.forgetting = compare(items, before, after, "base-x")
+    report.gate = judge(None, 0.1, None, report.forgetting)
+    shown.report.write_text(report.model_dump_json())
+    code, out, _ = run(shown.path)
+    assert code == 0
+    assert re.search(r"knowledge \(en\) +20 +100\.0% +75\.0% +\+25\.0% +\+[\d.]+% to \+[\d.]+%", out)
+    assert "closed: It lost 25.0% of general ability, more than 10.0%." in " ".join(out.split())
+    assert report.forgetting.verdict in out

@@ -88,7 +88,8 @@ def test_its_counts_are_those_of_the_run(tmp_path: Path, tiny: Path, data: Path)
     assert told["rows"] == prepared["train_rows"] and told["steps"] == done["steps"]
     assert told["tokens"] * told["epochs"] == done["trained_tokens"]
     assert told["micro_batches"] > told["steps"], "64 tokens do not hold four rows"
-    parts = ("load_seconds", "train_seconds", "validate_seconds", "save_seconds")
+    parts = ("load_seconds", "train_seconds", "validate_seconds", "save_seconds", "prove_seconds")
+    assert told["forget_seconds"] == told["probe_items"] == 0, "a run of seconds asks nothing general"
     assert all(told[name] > 0 for name in parts)
     assert told["seconds"] == pytest.approx(sum(told[name] for name in parts), abs=0.02)
     assert done["forecast"] == {name: value for name, value in told.items() if name not in ("time", "type", "seconds")}
@@ -98,7 +99,9 @@ def test_its_counts_are_those_of_the_run(tmp_path: Path, tiny: Path, data: Path)
     assert kinds.index("prepared") < kinds.index("forecast") < kinds.index("validation")
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.2}, {"method": "full", "precision": "bfloat16"}])
+@pytest.mark.parametrize(
+    "options", [{"validation": "0.2"}, {"dropout": 0.2}, {"method": "full", "precision": "bfloat16"}]
+)
 def test_it_leaves_no_trace(tmp_path: Path, tiny: Path, data: Path, options: dict[str, Any]) -> None:
     """A run that measured and one that knew end with the same weights, bit for bit."""
     first = runs.train(tmp_path / "first", tiny, data, epochs=1, **options)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from luthier.engine import forget, meter
-from luthier.engine.meter import items_worth
+from luthier.engine import closing, ending, forget, models, prove
+from luthier.engine import train as train_module
+from luthier.engine.closing import items_worth
+from luthier.engine.optimizer import Masters
 from luthier.proof import probe
 from luthier.proof.probe import Item
 from luthier.spec.job import make_request
@@ -75,11 +77,62 @@ def test_a_meter_that_fails_costs_only_its_number(
 
 
 def test_how_many_items_are_worth_their_time() -> None:
-    def worth(tokens: int, **values: Any) -> int:
-        return items_worth(make_request({"model": "a", "data": ["b"], **values}), tokens)
+    """When one takes half a second of both models, and loading one takes four: a sixth of the training time."""
 
-    per = meter.TOKENS_PER_ITEM
-    assert [worth(tokens * per) for tokens in (0, 59, 60, 100, 9999)] == [0, 0, 60, 100, meter.MOST]
+    def worth(seconds: float, **values: Any) -> int:
+        return items_worth(make_request({"model": "a", "data": ["b"], **values}), seconds, 4.0, 0.5)
+
+    asked = [0, 6 * 4, 6 * (4 + 29.9), 6 * (4 + 30), 6 * (4 + 49), 10**6]
+    assert [worth(seconds) for seconds in asked] == [0, 0, 0, 60, 80, closing.MOST]
     assert worth(0, forgetting=7) == 7
     assert worth(10**9, forgetting="off") == 0
-    assert worth(0, max_forgetting=0.1) == meter.GATED
+    assert worth(0, max_forgetting=0.1) == closing.GATED
+
+
+def test_the_parts_are_reported_beside_their_forecast_and_the_training(
+    tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading what was published is all that takes time here: 3 seconds for each of proof and meter."""
+    clock = Clock(monkeypatch)
+    load = models.load_for_use
+
+    def slow(*given: Any) -> Any:
+        clock.now += 3.0
+        return load(*given)
+
+    monkeypatch.setattr(models, "load_for_use", slow)
+    options: dict[str, Any] = {"validation": "0.25", "max_steps": 2, "forgetting": 12, "proof_rows": 2}
+    run = train(tmp_path / "run", tiny, data, **options)
+    report = report_of(run)
+    (step_one, step_two) = (event["seconds"] for event in events(run, "step"))
+    told = report.forecast
+    assert told is not None and told.probe_items == 12
+    training = step_one + step_two
+    assert training == 20.0, "ten seconds a step, by this clock"
+    assert [(part.name, part.seconds, part.share) for part in report.parts] == [
+        ("training", 20.0, 1.0),
+        ("proof", 3.0, 0.15),
+        ("forgetting", 3.0, 0.15),
+    ]
+    assert [part.foretold for part in report.parts] == [told.train_seconds, told.prove_seconds, told.forget_seconds]
+    assert told.prove_seconds > 0 and told.forget_seconds > 0
+    assert report.seconds == pytest.approx(26.0)
+
+
+class Clock:
+    """A clock that only moves when the test says so, and by ten seconds for each optimizer step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        step = Masters.step
+
+        def slow(masters: Masters, *given: Any) -> float:
+            self.now += 10.0
+            return step(masters, *given)
+
+        monkeypatch.setattr(Masters, "step", slow)
+        for module in (train_module, ending, prove):
+            monkeypatch.setattr(module, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now

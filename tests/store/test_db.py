@@ -35,7 +35,7 @@ def test_migrating_again_keeps_what_is_there(database: Database) -> None:
     database.migrate()
     with database.reading() as connection:
         assert connection.scalar(select(tables.places.c.number)) == 7
-        assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0004"
+        assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0005"
 
 
 def test_four_processes_migrate_an_empty_database_at_once(place: tuple[Path, str], backend: str) -> None:

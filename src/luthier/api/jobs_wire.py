@@ -189,8 +189,8 @@ def shown_status(job: Job) -> str:
 
 
 def job_object(job: Job, organization: str) -> dict[str, Any]:
-    """A fine_tuning.job, with its `proof` as an extension. `error` is an object of nulls as long as nothing failed, as
-    OpenAI's service answers."""
+    """A fine_tuning.job, with its `proof`, `forgetting` and `gate` as extensions. `error` is an object of nulls as long
+    as nothing failed, as OpenAI's service answers."""
     numbers = hyperparameters(job)
     status = shown_status(job)
     return {
@@ -217,6 +217,8 @@ def job_object(job: Job, organization: str) -> dict[str, Any]:
         "usage_metrics": None,
         "shared_with_openai": False,
         "proof": job.proof,
+        "forgetting": job.forgetting,
+        "gate": job.gate,
     }
 
 

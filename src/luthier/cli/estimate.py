@@ -114,19 +114,14 @@ def _print(found: Forecast, per_hour: float | None) -> None:
     tokens = f"{found.tokens:,} in a pass, {found.supervised_tokens:,} of them learnt"
     if found.tree_ratio and found.tree_ratio > 1.05:
         tokens += f"; shared prefixes save a factor of {found.tree_ratio:.2f}"
-    parts = (
-        ("loading", found.load_seconds),
-        ("training", found.train_seconds),
-        ("validating", found.validate_seconds),
-        ("saving", found.save_seconds),
-    )
+    parts = ", ".join(f"{name} {duration(taken)}" for name, taken in found.parts)
     memory = size(found.peak_memory_bytes)
     memory += f" of {size(found.memory_bytes)}" if found.memory_bytes else ""
     lines = [
         ("rows", rows),
         ("tokens", tokens),
         ("steps", f"{found.steps:,} in {plural(found.epochs, 'epoch')}, {found.micro_batches:,} micro-batches"),
-        ("time", f"{duration(found.seconds)} ({', '.join(f'{name} {duration(taken)}' for name, taken in parts)})"),
+        ("time", f"{duration(found.seconds)} ({parts})"),
         ("memory", memory),
         ("disk", f"{size(found.disk_bytes)} of {size(found.free_disk_bytes)} free"),
     ]

@@ -207,12 +207,27 @@ def _show(job: dict[str, Any], as_json: bool) -> None:
         "result files": ", ".join(job.get("result_files") or ()),
         "trained tokens": job.get("trained_tokens"),
         "finished": when(job["finished_at"]) if job.get("finished_at") else None,
+        "proof": (job.get("proof") or {}).get("sentence"),
+        "forgetting": _forgotten(job.get("forgetting")),
+        "gate": _gate(job.get("gate")),
         "error": error.get("message"),
         **{name: value for name, value in (job.get("hyperparameters") or {}).items() if not isinstance(value, dict)},
     }
     for name, value in facts.items():
         if value not in (None, ""):
             print(visible(f"  {name}: {value}"))
+
+
+def _forgotten(found: dict[str, Any] | None) -> str | None:
+    if not found or found.get("loss") is None:
+        return None
+    return f"lost {found['loss']:+.1%} of general ability, 95% interval {found['low']:+.1%} to {found['high']:+.1%}"
+
+
+def _gate(found: dict[str, Any] | None) -> str | None:
+    if not found:
+        return None
+    return "passed" if found["passed"] else " ".join(["closed:", *found["reasons"]])
 
 
 def _line(job: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from luthier.cli.chart import Point, loss_chart
 from luthier.cli.output import duration, number, plural, print_json, short, size, visible
+from luthier.spec.forecast import Forecast
 from luthier.spec.forgetting import Forgetting
 
 if TYPE_CHECKING:
@@ -392,8 +393,15 @@ def summary(report: dict[str, Any], model: str) -> list[tuple[str, str]]:
     peak = report.get("peak_memory_bytes")
     lines.append(("time", duration(report["seconds"]) + (f", at most {size(peak)} of memory" if peak else "")))
     if forecast := report.get("forecast"):
-        parts = ("load_seconds", "train_seconds", "validate_seconds", "save_seconds")
-        words = f"{duration(sum(forecast[name] for name in parts))}, at most {size(forecast['peak_memory_bytes'])}"
+        words = f"{duration(Forecast(**forecast).seconds)}, at most {size(forecast['peak_memory_bytes'])}"
         lines.append(("foretold", words))
+    lines += [(part["name"], _part_words(part)) for part in report.get("parts") or ()]
     lines.append(("model", short(model)))
     return lines
+
+
+def _part_words(part: dict[str, Any]) -> str:
+    """What a part of the run took, beside the forecast and the training."""
+    words = duration(part["seconds"])
+    words += f"; foretold {duration(part['foretold'])}" if part["foretold"] is not None else ""
+    return words if part["name"] == "training" else f"{words}; {part['share']:.0%} of the training's time"

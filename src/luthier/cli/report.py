@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from luthier.cli.forgetting import show_forgetting
 from luthier.cli.keep import show_keeping
 from luthier.cli.live import summary
 from luthier.cli.output import console, print_json, short, typed, visible
@@ -49,6 +50,8 @@ def report(
             show_proof(found.proof)
         else:
             console().print(visible(found.proof_note or "There is no proof: no rows were held out."), soft_wrap=True)
+        if found.forgetting is not None:
+            show_forgetting(found.forgetting)
 
 
 def read_report(run: RunFolder) -> Report:

@@ -5,10 +5,36 @@ Does not know: how either was made.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from luthier.spec.errors import UserError
+from luthier.spec.errors import Broken, UserError
 from luthier.spec.job import TrainRequest
+from luthier.spec.run import RunFolder
+
+SPEC_KEYS = {"request", "settings", "base", "template", "data", "validation"}
+
+
+def request_of(run: RunFolder) -> TrainRequest:
+    """What the run was asked. Raises UserError when its request.json is damaged."""
+    try:
+        return TrainRequest.model_validate_json(run.request.read_text(encoding="utf-8"))
+    except ValueError as error:  # pydantic's own is one
+        reason = " ".join(str(error).split())
+        raise UserError(f"{run.request} is damaged: {reason}", hint="Start a new run.", param="resume") from error
+
+
+def spec_of(run: RunFolder) -> dict[str, Any]:
+    """What it came to when it began. Raises Broken when its spec.json is damaged."""
+    try:
+        spec: Any = json.loads(run.spec.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Broken(
+            f"{run.spec} cannot be read, so the run cannot go on: {error}.", hint="Start a new run."
+        ) from error
+    if not isinstance(spec, dict) or not spec.keys() >= SPEC_KEYS:
+        raise Broken(f"{run.spec} is damaged, so the run cannot go on.", hint="Start a new run.")
+    return dict(spec)
 
 
 def require(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from luthier.data.render import Renderer
 from luthier.data.split import prompt_key
 from luthier.engine import evaluate, generate, models, prove, rendered
 from luthier.engine.answers import Asker
+from luthier.engine.closing import PROOF_SHARE
 from luthier.engine.meter import Meter
 from luthier.engine.setup import Ready
 from luthier.proof import choose
@@ -31,10 +32,9 @@ from luthier.spec.data import Example, Problem
 from luthier.spec.errors import BadData, LuthierError
 from luthier.spec.job import TrainRequest, validation_share
 from luthier.spec.proof import Proof
-from luthier.spec.report import Report
+from luthier.spec.report import PARTS, Part, PartName, Report
 from luthier.spec.run import RunFolder, write_json, write_whole
 
-SHARE = 1 / 3  # of the training time that a proof may take by default
 MOST_TRIES = 3  # a proof that ended its process this often is left out
 
 Emit = Callable[..., None]
@@ -127,12 +127,31 @@ def end(
 ) -> None:
     """Prove the published model, unless nothing was held out; ask what it forgot; write the report, tell the end."""
     write_json(run.report, report.model_dump())  # should the proof end its process
+    begun = time.monotonic()
     if held is not None:
         report.proof, report.proof_note = conclude(run, held, train_seconds, emit, heed)
+    proven = time.monotonic()
     meter.conclude(run, report, emit, heed)
+    ended = time.monotonic()
+    report.parts = _parts(report, train_seconds, proven - begun, ended - proven)
+    report.seconds = round(report.seconds + ended - begun, 2)
     write_json(run.report, report.model_dump())
     write_whole(run.page, page(report, curves(event for _, event in run.events())))
     emit("finished", status="succeeded", model=str(run.model), report=report.told())
+
+
+def _parts(report: Report, training: float, proof: float, forgetting: float) -> list[Part]:
+    """What the parts took, in seconds, beside what was foretold; only those that there were."""
+    took: dict[PartName, float] = {"training": training}
+    took |= {"proof": proof} if report.proof else {}
+    took |= {"forgetting": forgetting} if report.forgetting else {}
+    told = report.forecast
+    foretold = (told.train_seconds, told.prove_seconds, told.forget_seconds) if told else (None, None, None)
+    beside = dict(zip(PARTS, foretold, strict=True))
+    return [
+        Part(name=name, foretold=beside[name], seconds=round(seconds, 2), share=round(seconds / training, 4))
+        for name, seconds in took.items()
+    ]
 
 
 def conclude(
@@ -205,7 +224,7 @@ def _prove(run: RunFolder, held: HeldOut, train_seconds: float, emit: Emit, heed
     plan = prove.Plan(
         metric=request.metric,
         rows=prove.MOST_ROWS if request.proof_rows == "auto" else request.proof_rows,
-        seconds=max(0.0, train_seconds * SHARE - (time.monotonic() - begun)) if auto else None,
+        seconds=max(0.0, train_seconds * PROOF_SHARE - (time.monotonic() - begun)) if auto else None,
         examples=request.proof_examples,
         seed=held.seed,
         memory=memory_of(run, request),

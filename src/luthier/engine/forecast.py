@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from luthier.engine import machine, stream
+from luthier.engine import closing, machine, stream
 from luthier.engine.pace import Known, Point, Price, Size, prices, steady
 from luthier.engine.planner import Work
 from luthier.engine.setup import Ready, step_rows, works_of
@@ -62,6 +62,7 @@ def make(
     per_byte = machine.disk_seconds_per_byte(run.path)
     models = 1 + (saves if published else 0)
     save = per_byte * (saves * state + models * result) + models * ready.save_seconds
+    ending = closing.foretell(ready, memory, forward, train, heed)
     several = any(sum(len(work.all) for work in of_step) > 1 for of_step in works)
     peak = memory.peak(largest.held, learning, several)
     return Forecast(
@@ -78,11 +79,14 @@ def make(
         train_seconds=round(train, 2),
         validate_seconds=round(validate, 2),
         save_seconds=round(save, 2),
+        prove_seconds=round(ending.prove_seconds, 2),
+        forget_seconds=round(ending.forget_seconds, 2),
+        probe_items=ending.probe_items,
         peak_memory_bytes=max(machine.peak_memory(), round(SAFETY * peak)),
         memory_bytes=machine.memory_limit(),
         disk_bytes=min(saves, 2) * state + (1 + published) * result,
         free_disk_bytes=machine.free_disk(run.path),
-        measured=not known,
+        measured=not known or ending.measured,
         load_seconds=round(time.monotonic() - begun, 2),
     )
 
@@ -90,7 +94,7 @@ def make(
 def told(run: RunFolder) -> Forecast | None:
     """What the first attempt foretold."""
     found = [event for _, event in run.events() if event["type"] == "forecast"]
-    return Forecast(**{name: found[-1][name] for name in Forecast.model_fields}) if found else None
+    return Forecast(**{name: found[-1][name] for name in Forecast.model_fields if name in found[-1]}) if found else None
 
 
 def weigh(forecast: Forecast, ready: Ready) -> dict[str, str] | None:

@@ -48,15 +48,7 @@ def measure(
     """
     context = generate.context_of(model)
     scores = _read(model, renderer, [item for item in items if item.pairs], context, micro_tokens, name, progress)
-    asked: dict[int, list[tuple[Item, list[int]]]] = {room: [] for room in ROOMS}
-    for item in items:
-        if item.pairs:
-            continue
-        with contextlib.suppress(Unrenderable):
-            prompt, room = renderer.prompt([Message("user", item.prompt)]), _room(renderer, item)
-            if len(prompt) + room <= context:
-                asked[room].append((item, prompt))
-    for room, tasks in asked.items():
+    for room, tasks in tasks_of(renderer, items, context).items():
         done = generate.generate(
             model,
             [prompt for _, prompt in tasks],
@@ -70,6 +62,19 @@ def measure(
         for (item, _), answer in zip(tasks, done, strict=True):
             scores[item.id] = float(item.passes(renderer.answer(answer.ids)))
     return scores
+
+
+def tasks_of(renderer: Renderer, items: Sequence[Item], context: int) -> dict[int, list[tuple[Item, list[int]]]]:
+    """(task, ids of its prompt) by how many tokens an answer may have; those that cannot be asked are left out."""
+    asked: dict[int, list[tuple[Item, list[int]]]] = {room: [] for room in ROOMS}
+    for item in items:
+        if item.pairs:
+            continue
+        with contextlib.suppress(Unrenderable):
+            prompt, room = renderer.prompt([Message("user", item.prompt)]), _room(renderer, item)
+            if len(prompt) + room <= context:
+                asked[room].append((item, prompt))
+    return asked
 
 
 def _room(renderer: Renderer, item: Item) -> int:
@@ -118,7 +123,7 @@ def _read(
     rows: list[Row] = []
     places: list[tuple[Item, slice]] = []
     for item in items:
-        own = [_row(renderer, *pair) for pair in item.pairs]
+        own = [row_of(renderer, *pair) for pair in item.pairs]
         if all(len(ids) <= context and weights.any() for ids, weights in own):
             places.append((item, slice(len(rows), len(rows) + len(own))))
             rows += own
@@ -136,7 +141,7 @@ def _read(
     return found
 
 
-def _row(renderer: Renderer, context: str, continuation: str) -> Row:
+def row_of(renderer: Renderer, context: str, continuation: str) -> Row:
     """Ids of both, the tokens that differ from the context's own carrying weight 1 (never the row's first)."""
     tokenizer = renderer.tokenizer
     whole = np.asarray(tokenizer.with_first(tokenizer.plain(context + continuation)), np.int32)

@@ -1,4 +1,5 @@
-"""The forgetting meter at the end of a run: how many items are worth their time, both models asked, the gate judged.
+"""The forgetting meter at the end of a run: both models asked the items that the forecast found worth their time, the
+gate judged.
 
 The model was published before. What fails here is told and costs the run nothing but the number.
 Does not know: the loop; how an item is scored.
@@ -25,12 +26,6 @@ from luthier.spec.keeping import ITEMS
 from luthier.spec.report import Report
 from luthier.spec.run import RunFolder
 
-# One item asked of two models costs about as much as training on this many tokens (135M on two cores), times six, so
-# that the meter takes about a sixth of the training time: an estimate from loaded cores, which no run has timed.
-TOKENS_PER_ITEM = 900
-FEWEST, MOST = 60, 400  # fewer say nothing; more make the interval hardly narrower
-GATED = 150  # when a threshold asks for the number, whatever it takes
-
 Emit = Callable[..., None]
 
 
@@ -50,7 +45,7 @@ class Meter:
     def conclude(self, run: RunFolder, report: Report, emit: Emit, heed: Callable[[], None]) -> None:
         """Fill in the report's `forgetting` and `gate`. `heed` may raise, to stop."""
         request = self.request
-        worth = items_worth(request, report.physical_tokens)
+        worth = report.forecast.probe_items if report.forecast else 0  # a repeated end asks the same
         if count := max(worth, ITEMS) if self.halved else worth:
             emit("phase", name="forgetting", message=f"Asking {count} general items: what was forgotten")
             try:
@@ -87,19 +82,6 @@ class Meter:
             )
         after = forget.measure(model, self.renderer, items, name="after", progress=progress)
         return compare(items, before, after, self.request.model)
-
-
-def items_worth(request: TrainRequest, physical_tokens: int) -> int:
-    """How many items of the probe to ask, 0 for none. It follows from the request and what was trained alone, so a
-    repeated end asks the same."""
-    if request.forgetting == "off":
-        return 0
-    if request.forgetting != "auto":
-        return request.forgetting
-    worth = min(MOST, physical_tokens // TOKENS_PER_ITEM)
-    if request.max_forgetting is not None:
-        return max(GATED, worth)
-    return worth if worth >= FEWEST else 0
 
 
 def refusal(gate: Gate) -> str:

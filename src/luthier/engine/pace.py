@@ -66,7 +66,8 @@ class Price:
 @dataclass(frozen=True, slots=True)
 class Point:
     """One timed micro-batch. `kind`: train (forward and backward), forward, or first: the largest one, which warms up
-    what is made once, and whose memory (bytes beside the model) is what counts."""
+    what is made once, and whose memory (bytes beside the model) is what counts. Of kind `decode`, `work` is how many
+    rows got one more token."""
 
     kind: str
     work: float
@@ -106,7 +107,7 @@ class Known:
     def covers(self, works: Sequence[float], tokens: int) -> bool:
         """Whether they say enough of micro-batches of these sizes."""
         timed = [point.work for point in self.points if point.kind == "train"]
-        if len({point.kind for point in self.points}) < 3:
+        if not {"first", "train", "forward"} <= {point.kind for point in self.points}:
             return False
         middle, high = (float(np.quantile(works, place)) for place in (0.5, 0.95))
         near = any(middle / WIDE <= work <= middle * WIDE for work in timed)
@@ -125,10 +126,17 @@ class Known:
 
     def seconds(self, work: float, kind: str) -> float:
         """Of a micro-batch of so many operations."""
+        start, rate = self.line(kind)
+        return start + work / rate
+
+    def line(self, kind: str) -> tuple[float, float]:
+        """(a, rate): `work` of this kind takes a + work / rate seconds."""
         if kind not in self._lines:
             self._lines[kind] = fit([(point.work, point.seconds) for point in self.points if point.kind == kind])
-        start, rate = self._lines[kind]
-        return start + work / rate
+        return self._lines[kind]
+
+    def has(self, kind: str) -> bool:
+        return any(point.kind == kind for point in self.points)
 
     def peak(self, tokens: int, learning: int, several: bool) -> float:
         """Bytes that the process will hold at most, with `learning` weights that AdamW keeps two moments of: while it

@@ -74,6 +74,7 @@ class Ready:
     initial: Start
     classes: classify.Classes | None
     replayed: int  # general rows among those of `train`
+    base_seconds: float  # what loading the base took
     save_seconds: float  # what the dry run of the final save took: all of it but the weights
 
     @property
@@ -122,9 +123,11 @@ def make_ready(
     )
     precision = _precision(request, base_folder, resumed, emit)
     whole = forebear is not None and not forebear.adapter
+    begun = time.monotonic()
     base: Any = models.load_base(forebear.folder if forebear and whole else base_folder, precision)
     if torch.cuda.is_available():
         base.cuda()
+    base_seconds = time.monotonic() - begun
     hidden_size = int(base.config.get_text_config().hidden_size)
     micro_tokens = _micro_tokens(request, base, resumed)
     settings = settle(request, train, seed, max_length, precision, hidden_size, micro_tokens)
@@ -190,6 +193,7 @@ def make_ready(
         initial,
         classes,
         replayed,
+        base_seconds,
         save_seconds,
     )
 

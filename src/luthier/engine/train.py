@@ -10,7 +10,6 @@ Does not know: who started it, who watches.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -22,18 +21,17 @@ import torch
 import torch.distributed as dist
 
 from luthier import __version__
-from luthier.engine import checkpoint, forecast, keep, meter, metrics_file, publish, rung, stream
+from luthier.engine import agreement, checkpoint, forecast, keep, meter, metrics_file, publish, rung, stream
 from luthier.engine.ending import HeldOut, end
 from luthier.engine.machine import peak_memory
 from luthier.engine.rung import Part
 from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals, works_of
 from luthier.engine.step import Sums, Tally
-from luthier.spec.errors import Broken, UserError
-from luthier.spec.job import TrainRequest, learning_rate_at
+from luthier.spec.errors import UserError
+from luthier.spec.forecast import Forecast
+from luthier.spec.job import learning_rate_at
 from luthier.spec.report import Report, Score
 from luthier.spec.run import RunFolder
-
-SPEC_KEYS = {"request", "settings", "base", "template", "data", "validation"}
 
 
 class Stopped(Exception):
@@ -47,11 +45,11 @@ def train(run: RunFolder, estimate: bool = False, part: Part | None = None) -> N
     rank, ranks = _join()
     emit = run.emit if rank == 0 else silent
     begun = time.monotonic()
-    request = _read_request(run)
+    request = agreement.request_of(run)
     if rank == 0:
         run.stop_note.unlink(missing_ok=True)
     found, damaged = checkpoint.newest(run.checkpoints)
-    resumed = _read_spec(run) if found else None
+    resumed = agreement.spec_of(run) if found else None
     start = int(found[1]["step"]) if found else 0
     emit("started", pid=os.getpid(), run=str(run.path), version=__version__, resumed_from=start if found else None)
     for step in damaged:
@@ -102,6 +100,7 @@ class Loop:
         self.begun, self.before = begun, 0.0  # this attempt's start; seconds of earlier attempts
         self.settings, self.request = ready.settings, ready.request
         self.step, self.until = 0, ready.settings.steps  # `until`: where this attempt ends
+        self.told: Forecast | None = None
         self.progress: dict[str, Any] = {
             "best_loss": None, "best_step": None, "base": None, "last": None, "last_step": None,
             "first_loss": None, "last_loss": None, "tokens": 0, "supervised": 0, "physical": 0,
@@ -301,9 +300,14 @@ class Loop:
             **measured,
             steps=self.settings.steps,
             memory_bytes=peak_memory(),
-            eta_seconds=round(progress["seconds"] / self.step * left, 1),
+            eta_seconds=round(self._left(progress["seconds"] / self.step * left, left), 1),
         )
         metrics_file.add(self.run, measured, validation or {})
+
+    def _left(self, training: float, steps: int) -> float:
+        """Seconds until the run is over: the steps that are left at the pace so far, the rest as it was foretold."""
+        self.told = self.told or forecast.told(self.run)
+        return self.told.left(training, steps) if self.told else training
 
     def restore(self, step: int, progress: dict[str, Any]) -> None:
         """Go back to the checkpoint's place: later lines of metrics.csv belong to steps that will be taken again."""
@@ -413,23 +417,3 @@ def _add_up(*values: float) -> tuple[float, ...]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return tuple(total.tolist())
-
-
-def _read_request(run: RunFolder) -> TrainRequest:
-    try:
-        return TrainRequest.model_validate_json(run.request.read_text(encoding="utf-8"))
-    except ValueError as error:  # pydantic's own is one
-        reason = " ".join(str(error).split())
-        raise UserError(f"{run.request} is damaged: {reason}", hint="Start a new run.", param="resume") from error
-
-
-def _read_spec(run: RunFolder) -> dict[str, Any]:
-    try:
-        spec: Any = json.loads(run.spec.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Broken(
-            f"{run.spec} cannot be read, so the run cannot go on: {error}.", hint="Start a new run."
-        ) from error
-    if not isinstance(spec, dict) or not spec.keys() >= SPEC_KEYS:
-        raise Broken(f"{run.spec} is damaged, so the run cannot go on.", hint="Start a new run.")
-    return dict(spec)

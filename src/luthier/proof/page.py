@@ -14,6 +14,7 @@ import jinja2
 
 from luthier.proof import pareto
 from luthier.proof.judge import p_words
+from luthier.spec.forgetting import Forgetting
 from luthier.spec.proof import Comparison, Proof, ProofRow, WayName
 from luthier.spec.report import Report
 
@@ -73,6 +74,7 @@ def page(report: Report, found: Curves | None = None) -> str:
         details=_details(proof) if proof else [],
         saved=_saved(proof) if proof else None,
         kept=pareto.section(report.keeping),
+        forgotten=_forgotten(report.forgetting) if report.forgetting else None,
     )
 
 
@@ -82,7 +84,10 @@ def visible(text: str) -> str:
 
 
 def figure(value: float | None, form: str = ".3f") -> str:
-    return "–" if value is None else format(value, form)
+    if value is None:
+        return "–"
+    said = format(value, form)
+    return said[1:] if said[:1] in "+-" and not said.strip("+-0.%") else said  # no signed zeros
 
 
 # -- charts ------------------------------------------------------------------------------------------------------------
@@ -114,7 +119,8 @@ class _Frame:
 def _frame(series: Sequence[Sequence[Point]]) -> _Frame:
     xs, ys = ([point[n] for points in series for point in points] for n in (0, 1))
     margin = (max(ys) - min(ys)) * 0.08 or 0.05
-    return _Frame((min(0.0, *xs), min(ys) - margin), (max(xs), max(ys) + margin))
+    low = min(ys) - margin
+    return _Frame((min(0.0, *xs), max(0.0, low) if min(ys) >= 0 else low), (max(xs), max(ys) + margin))
 
 
 def _curve_charts(report: Report, found: Curves) -> list[dict[str, Any]]:
@@ -211,6 +217,33 @@ def _intervals(proof: Proof) -> dict[str, Any]:
     ]
     ticks = [{"at": at(low + n / 4 * (high - low)), "said": _said(proof, low + n / 4 * (high - low))} for n in range(5)]
     return {"rows": rows, "ticks": ticks, "height": 20 + 34 * len(rows), "width": 150 + WIDTH + 130}
+
+
+def _forgotten(found: Forgetting) -> dict[str, Any]:
+    """A bar of each part's loss with its interval, the number last; right of the zero line is what was lost."""
+    lines = [(part.name, part.loss, part.low, part.high, part.counted) for part in found.parts]
+    if found.loss is not None and found.low is not None and found.high is not None:
+        lines.append(("all counted parts", found.loss, found.low, found.high, True))
+    reach = max([0.01, *(abs(end) for _, _, low, high, _ in lines for end in (low, high))])
+
+    def at(value: float) -> float:
+        return round(150 + (value + reach) / (2 * reach) * WIDTH, 1)
+
+    rows = [
+        {
+            "name": name,
+            "kind": "tuned" if counted else "base",
+            "y": 20 + 26 * n,
+            "low": at(low),
+            "high": at(high),
+            "loss": at(loss),
+            "said": figure(loss, "+.1%"),
+            "range": f"{figure(low, '+.1%')} to {figure(high, '+.1%')}",
+        }
+        for n, (name, loss, low, high, counted) in enumerate(lines)
+    ]
+    ticks = [{"at": at(share * reach), "said": figure(share * reach, "+.0%")} for share in (-1, -0.5, 0, 0.5, 1)]
+    return {"rows": rows, "ticks": ticks, "height": 20 + 26 * len(rows), "width": 150 + WIDTH + 70}
 
 
 def _said(proof: Proof, value: float | None) -> str:

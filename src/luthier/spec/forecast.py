@@ -27,6 +27,9 @@ class Forecast(BaseModel):
     train_seconds: float
     validate_seconds: float
     save_seconds: float
+    prove_seconds: float = Field(default=0.0, description="The proof; at most about a third of the training.")
+    forget_seconds: float = Field(default=0.0, description="The forgetting meter; at most about a sixth of it.")
+    probe_items: int = Field(default=0, description="General items that base and result will be asked; 0: none.")
     peak_memory_bytes: int = Field(description="Most memory that the process will hold.")
     memory_bytes: int | None = Field(description="What the machine can give it, at most; null where that is unknown.")
     disk_bytes: int = Field(description="What the run folder will hold at most.")
@@ -35,7 +38,24 @@ class Forecast(BaseModel):
 
     @property
     def seconds(self) -> float:
-        return self.load_seconds + self.train_seconds + self.validate_seconds + self.save_seconds
+        return sum(seconds for _, seconds in self.parts)
+
+    @property
+    def parts(self) -> list[tuple[str, float]]:
+        """(word, seconds) in the order of the run; no proof and no meter where there will be none."""
+        always = [
+            ("loading", self.load_seconds),
+            ("training", self.train_seconds),
+            ("validating", self.validate_seconds),
+            ("saving", self.save_seconds),
+        ]
+        ending = [("proof", self.prove_seconds), ("forgetting", self.forget_seconds)]
+        return always + [part for part in ending if part[1]]
+
+    def left(self, train_left: float, steps_left: int) -> float:
+        """Seconds until the run is over when `steps_left` steps will take `train_left`."""
+        beside = self.validate_seconds + self.save_seconds
+        return train_left + beside * steps_left / self.steps + self.prove_seconds + self.forget_seconds
 
     def cost(self, per_hour: float) -> float:
         """Money at that rate an hour, in the rate's currency."""

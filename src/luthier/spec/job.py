@@ -60,8 +60,8 @@ class TrainRequest(BaseModel):
     )
     forgetting: Annotated[int, Field(ge=1)] | Literal["auto", "off"] = Field(
         default="auto",
-        description="Items of the general probe that base and result are asked at the end; auto: a number meant to "
-        "take about a sixth of the training time, none for short runs; off.",
+        description="Items of the general probe that base and result are asked at the end; auto: as many as a sixth "
+        "of the training time allows, none for short runs; off.",
     )
     keep_general: bool = Field(
         default=False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,9 @@ from luthier.spec.forgetting import Forgetting
 from luthier.spec.gate import Gate
 from luthier.spec.keeping import Keeping
 from luthier.spec.proof import Proof
+
+PartName = Literal["training", "proof", "forgetting"]
+PARTS: tuple[PartName, ...] = get_args(PartName)
 
 
 class Score(BaseModel):
@@ -32,6 +35,17 @@ class Sample(BaseModel):
     wanted: str
     base: str | None = None
     tuned: str | None = None
+
+
+class Part(BaseModel):
+    """One part of a run: what it was to take, what it took."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: PartName
+    foretold: float | None = Field(description="Seconds of the forecast; null when there was none.")
+    seconds: float
+    share: float = Field(description="Of the training's seconds.")
 
 
 class Report(BaseModel):
@@ -62,6 +76,7 @@ class Report(BaseModel):
     keeping: Keeping | None = Field(default=None, description="The scale that was chosen, and what others give.")
     gate: Gate | None = Field(default=None, description="Whether it kept to the thresholds; null without any.")
     forecast: Forecast | None = Field(default=None, description="What was foretold before the first step.")
+    parts: list[Part] = Field(default=[], description="What the forecast said of the parts beside what they took.")
 
     def told(self) -> dict[str, Any]:
         """As the last event of a run tells it: without the rows of the proof, which may be long."""

@@ -45,7 +45,8 @@ EVENTS: dict[str, str] = {
     "warning": "message, hint",
     "step": "step, steps, epoch, loss, learning_rate, grad_norm, tokens, supervised_tokens, seconds, "
     "token_accuracy, sequence_accuracy (share of the rows whose answer is right in every token; both of this step's "
-    "rows, before its update), examples (rows so far, repeats counted), memory_bytes, eta_seconds",
+    "rows, before its update), examples (rows so far, repeats counted), memory_bytes, "
+    "eta_seconds (until the run is over, ending included)",
     "validation": "step, epoch, loss, token_accuracy, sequence_accuracy, supervised_tokens, "
     "classification (name: number or null; null when it was not asked for)",
     "checkpoint": "step, path, best (bool), published (a servable folder, or null)",

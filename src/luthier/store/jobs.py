@@ -49,7 +49,8 @@ NO_LEASE: dict[str, None] = {"lease_token": None, "lease_expires": None, "worker
 @dataclass(frozen=True, slots=True)
 class Job:
     """One fine-tuning job. `request` is what was asked, whole; `hyperparameters` what it came to, None before that;
-    `proof` whether it helped, None before that and without held-out rows.
+    `proof` whether it helped, None before that and without held-out rows; `forgetting` what was lost and `gate` whether
+    the thresholds were kept, None before that and where nobody asked.
 
     Times are Unix seconds; `error` has the keys code, message and param; `losses` counts the workers that were lost in
     a row, without a checkpoint in between; `run_folder` is absolute.
@@ -70,6 +71,8 @@ class Job:
     error: dict[str, str | None] | None
     hyperparameters: dict[str, Any] | None
     proof: dict[str, Any] | None
+    forgetting: dict[str, Any] | None
+    gate: dict[str, Any] | None
     fine_tuned_model: str | None
     result_files: list[str]
     trained_tokens: int | None

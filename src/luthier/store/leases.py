@@ -101,6 +101,8 @@ class Leases:
         *,
         hyperparameters: dict[str, Any] | None = None,
         proof: dict[str, Any] | None = None,
+        forgetting: dict[str, Any] | None = None,
+        gate: dict[str, Any] | None = None,
         run_folder: Path | None = None,
         trained_tokens: int | None = None,
         estimated_finish: int | None = None,
@@ -109,6 +111,8 @@ class Leases:
         given = {
             "hyperparameters": hyperparameters,
             "proof": proof,
+            "forgetting": forgetting,
+            "gate": gate,
             "run_folder": None if run_folder is None else self.database.inside(run_folder),
             "trained_tokens": trained_tokens,
             "estimated_finish": estimated_finish,

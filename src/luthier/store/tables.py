@@ -147,6 +147,8 @@ jobs = Table(
     Column("error", Json),
     Column("hyperparameters", Json),
     Column("proof", Json),
+    Column("forgetting", Json),
+    Column("gate", Json),
     Column("fine_tuned_model", AnyText),
     Column("result_files", Json, nullable=False),
     Column("trained_tokens", BigInteger),

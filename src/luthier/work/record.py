@@ -109,8 +109,12 @@ class Recorder:
             self._record(proof=proof)
             if new and self.job.kind == "modern":
                 self._say(offset, event, f"Proof: {proof['sentence']}", data={"proof": proof})
-        if (forgotten := report.get("forgetting")) and new and self.job.kind == "modern":
-            self._say(offset, event, Forgetting(**forgotten).verdict, part=1, data={"forgetting": forgotten})
+        if forgotten := report.get("forgetting"):
+            self._record(forgetting=forgotten)
+            if new and self.job.kind == "modern":
+                self._say(offset, event, Forgetting(**forgotten).verdict, part=1, data={"forgetting": forgotten})
+        if gate := report.get("gate"):
+            self._record(gate=gate)
 
     def _see_step(self, offset: int, event: dict[str, Any], new: bool) -> None:
         step, steps = event["step"], event["steps"]

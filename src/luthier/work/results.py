@@ -29,7 +29,7 @@ LEGACY = (
     "training_loss", "training_sequence_accuracy", "training_token_accuracy",
 )  # fmt: skip
 LEGACY_VALIDATION = ("validation_loss", "validation_sequence_accuracy", "validation_token_accuracy")
-REPORTS = ("report.json", "report.html")  # of a run with a proof; its table of steps comes first
+REPORTS = ("report.json", "report.html")  # of a run with a proof or a meter; its table of steps comes first
 FILENAMES = {"modern": "step_metrics.csv", "legacy": "compiled_results.csv"}
 
 # -- names -------------------------------------------------------------------------------------------------------------

@@ -274,14 +274,15 @@ class Worker:
         """The ids of the job's result files; the note beside the run remembers them for a repeated end.
 
         The table of steps comes first, where clients look for it; the report and its page follow when there is a
-        proof, except for a fine-tune of the older API, whose clients take one file for granted.
+        proof or a number of the meter, except for a fine-tune of the older API: its clients take one file for granted.
         """
         note = run.path / "result.json"
         if note.is_file():
             with contextlib.suppress(NotFound, ValueError, KeyError, TypeError):
                 return [self.files.get(known).id for known in json.loads(note.read_text())["ids"]]
         contents = {FILENAMES[job.kind]: result_table(run, job)}
-        if job.kind == "modern" and (self.jobs.get(job.id).proof is not None):
+        now = self.jobs.get(job.id)
+        if job.kind == "modern" and (now.proof is not None or now.forgetting is not None):
             contents |= {name: (run.path / name).read_bytes() for name in REPORTS}
         made = [
             self.files.create([content], filename=name, purpose="fine-tune-results").id
