@@ -45,8 +45,8 @@ class Closing:
 
 def foretell(ready: Ready, known: Known, forward: Price, train_seconds: float, heed: Callable[[], None]) -> Closing:
     """Raises what `heed` raises."""
-    request, held = ready.request, ready.validation
-    proven = held is not None and request.proof_rows != 0
+    request = ready.request
+    proven = (ready.validation is not None or request.proof_data is not None) and request.proof_rows != 0
     if not proven and request.forgetting == "off":
         return Closing()
     measured = not known.has("decode")
@@ -99,9 +99,8 @@ class Pace:
 
 
 def _proof(ready: Ready, pace: Pace, load: float, train_seconds: float) -> float:
-    rows = ready.validation
-    assert rows is not None
-    count = len(set(rows.places))
+    rows = ready.validation or ready.train  # rows of a file of their own are taken to be like these, and many
+    count = len(set(rows.places)) if ready.request.proof_data is None else MOST_ROWS
     if rows.text:
         asked = count if ready.request.proof_rows == "auto" else min(count, ready.request.proof_rows)
         lengths = [rows.length(n) for n in range(len(rows))]
