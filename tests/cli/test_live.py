@@ -209,9 +209,9 @@ def test_before_the_first_step_phases_are_listed() -> None:
 FORECAST = {
     "type": "forecast", "seconds": 75.2, "peak_memory_bytes": 1_250_000_000, "disk_bytes": 80_000_000,
     "load_seconds": 5.2, "train_seconds": 40.0, "validate_seconds": 8.0, "save_seconds": 2.0, "prove_seconds": 13.0,
-    "forget_seconds": 7.0, "probe_items": 60, "rows": 8, "dropped": 0, "truncated": 0, "lost_tokens": 0, "tokens": 80,
-    "supervised_tokens": 8, "tree_ratio": None, "epochs": 1, "steps": 2, "micro_batches": 2, "memory_bytes": None,
-    "free_disk_bytes": 10**10, "measured": True,
+    "curve_seconds": 0.0, "forget_seconds": 7.0, "probe_items": 60, "rows": 8, "dropped": 0, "truncated": 0,
+    "lost_tokens": 0, "tokens": 80, "supervised_tokens": 8, "tree_ratio": None, "epochs": 1, "steps": 2,
+    "micro_batches": 2, "memory_bytes": None, "free_disk_bytes": 10**10, "measured": True,
 }  # fmt: skip
 
 

@@ -90,9 +90,9 @@ def test_a_proof_keeps_to_a_third_of_the_training(tmp_path: Path, tiny: Path) ->
     data = runs.write(tmp_path / "data.jsonl", runs.chats(60))
     told: list[float] = []
 
-    def seen(ready: Any, known: Any, forward: Any, train_seconds: float, heed: Any) -> closing.Closing:
-        told.extend(made(ready, known, forward, seconds, heed).prove_seconds for seconds in (0.0, 3e3, 1e6))
-        return made(ready, known, forward, train_seconds, heed)
+    def seen(ready: Any, known: Any, forward: Any, train_seconds: float, published: int, heed: Any) -> closing.Closing:
+        told.extend(made(ready, known, forward, seconds, published, heed).prove_seconds for seconds in (0.0, 3e3, 1e6))
+        return made(ready, known, forward, train_seconds, published, heed)
 
     made = closing.foretell
     with pytest.MonkeyPatch.context() as patch:

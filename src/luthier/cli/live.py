@@ -21,6 +21,7 @@ from luthier.cli.chart import Point, loss_chart
 from luthier.cli.output import duration, number, plural, print_json, short, size, visible
 from luthier.spec.forecast import Forecast
 from luthier.spec.forgetting import Forgetting
+from luthier.spec.learning import Learning
 
 if TYPE_CHECKING:
     from typing import Self
@@ -30,7 +31,10 @@ MOST_POINTS = 4_000  # of the curve; every other one is let go beyond that
 REFRESH = 0.25  # seconds
 WORTH_SAYING = 1.05  # tree ratio: less is no news
 # Phases beside the steps.
-WORDS = {"validate": "validating", "save": "saving", "keep": "weighing", "prove": "proving", "forgetting": "probing"}
+WORDS = {
+    "validate": "validating", "save": "saving", "keep": "weighing", "prove": "proving", "curve": "proving",
+    "forgetting": "probing",
+}  # fmt: skip
 RATE_STEPS = 10  # tokens/s are those of the last steps
 
 
@@ -378,6 +382,8 @@ def summary(report: dict[str, Any], model: str) -> list[tuple[str, str]]:
         lines.append(("did it help", proof["sentence"]))
     elif report.get("proof_note"):
         lines.append(("did it help", report["proof_note"]))
+    if learnt := report.get("learning"):
+        lines.append(("learning curve", Learning(**learnt).sentence))
     if forgotten := report.get("forgetting"):
         lines.append(("forgotten", Forgetting(**forgotten).verdict))
     if kept := report.get("keeping"):

@@ -17,6 +17,7 @@ from luthier.cli.live import summary
 from luthier.cli.output import console, print_json, short, typed, visible
 from luthier.cli.proof import show_proof
 from luthier.spec.errors import BadSetting, Broken, NotFound
+from luthier.spec.learning import Learning
 from luthier.spec.report import Report
 from luthier.spec.run import RunFolder
 
@@ -50,8 +51,21 @@ def report(
             show_proof(found.proof)
         else:
             console().print(visible(found.proof_note or "There is no proof: no rows were held out."), soft_wrap=True)
+        for line in _learnt(found.learning) if found.learning is not None else ():
+            print(line)
         if found.forgetting is not None:
             show_forgetting(found.forgetting)
+
+
+def _learnt(found: Learning) -> list[str]:
+    """A line for each checkpoint."""
+    lines = [""]
+    for point in found.points:
+        low, high = point.interval.low, point.interval.high
+        loss = "" if point.validation_loss is None else f"  validation loss {point.validation_loss:.4f}"
+        best = "  best" if point.step == found.best else ""
+        lines.append(f"step {point.step:>6,}  {found.metric} {point.score:.3f} ({low:.3f} to {high:.3f}){loss}{best}")
+    return lines
 
 
 def read_report(run: RunFolder) -> Report:

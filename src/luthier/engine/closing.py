@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.engine import forget, generate, planner, step
+from luthier.engine import forget, generate, learning, planner, step
 from luthier.engine.evaluate import MICRO_TOKENS, MOST_TOKENS, SPARE_TOKENS
 from luthier.engine.pace import Known, Point, Price, Size
 from luthier.engine.prove import FIRST, LATENCY_ROWS, MOST_LABELS, MOST_ROWS
@@ -38,13 +38,16 @@ class Closing:
     """`measured`: decoding was timed for this forecast."""
 
     prove_seconds: float = 0.0
+    curve_seconds: float = 0.0
     forget_seconds: float = 0.0
     probe_items: int = 0
     measured: bool = False
 
 
-def foretell(ready: Ready, known: Known, forward: Price, train_seconds: float, heed: Callable[[], None]) -> Closing:
-    """Raises what `heed` raises."""
+def foretell(
+    ready: Ready, known: Known, forward: Price, train_seconds: float, published: int, heed: Callable[[], None]
+) -> Closing:
+    """`published`: checkpoints that are kept as models. Raises what `heed` raises."""
     request = ready.request
     proven = (ready.validation is not None or request.proof_data is not None) and request.proof_rows != 0
     if not proven and request.forgetting == "off":
@@ -56,7 +59,8 @@ def foretell(ready: Ready, known: Known, forward: Price, train_seconds: float, h
     load = ready.base_seconds * (1 if request.uses_adapter else 2)
     proof = _proof(ready, pace, load, train_seconds) if proven else 0.0
     items, meter = _meter(ready, pace, load, train_seconds)
-    return Closing(proof, meter, items, measured)
+    curve = _curve(ready, pace, train_seconds, published) if proven else 0.0
+    return Closing(proof, curve, meter, items, measured)
 
 
 def items_worth(request: TrainRequest, train_seconds: float, load: float, per_item: float) -> int:
@@ -128,6 +132,18 @@ def _proof(ready: Ready, pace: Pace, load: float, train_seconds: float) -> float
     least = seconds(min(FIRST, count), FIRST) + alone
     whole = seconds(min(MOST_ROWS, count), generate.BATCH_SIZE) + alone
     return max(load + least, min(train_seconds * PROOF_SHARE, load + whole))
+
+
+def _curve(ready: Ready, pace: Pace, train_seconds: float, published: int) -> float:
+    rows = ready.validation
+    if rows is None or rows.text or published < 2:
+        return 0.0
+    prompts, answers, labels = _lengths(rows)
+    per_row = (pace.answer(prompts, answers) + (sum(pace.read([n + labels]) for n in prompts) if labels else 0)) / len(
+        rows
+    )
+    count = learning.rows_worth(published, train_seconds, ready.base_seconds, per_row, len(set(rows.places)))
+    return published * (ready.base_seconds + count * per_row) if count else 0.0
 
 
 def _lengths(rows: Any) -> tuple[list[int], list[int], int]:

@@ -20,7 +20,7 @@ import torch
 from luthier.data.formats import read_examples
 from luthier.data.render import Renderer
 from luthier.data.split import prompt_key
-from luthier.engine import evaluate, generate, models, prove, rendered
+from luthier.engine import checkpoint, evaluate, generate, learning, models, prove, rendered
 from luthier.engine.answers import Asker
 from luthier.engine.closing import PROOF_SHARE
 from luthier.engine.meter import Meter
@@ -31,6 +31,7 @@ from luthier.proof.page import curves, page
 from luthier.spec.data import Example, Problem
 from luthier.spec.errors import BadData, LuthierError
 from luthier.spec.job import TrainRequest, validation_share
+from luthier.spec.learning import Learning
 from luthier.spec.proof import Proof
 from luthier.spec.report import PARTS, Part, PartName, Report
 from luthier.spec.run import RunFolder, write_json, write_whole
@@ -54,6 +55,7 @@ class HeldOut:
     proof: list[Place]  # in the file `proof_data`; without one the validation rows prove too
     known: int = 0  # rows of that file that ask what training rows ask
     halved: bool = False  # half of the validation rows choose a scale (keep.py); without proof rows the others prove
+    base_seconds: float = 0.0  # what loading the base took
 
     @classmethod
     def of(cls, ready: Ready) -> HeldOut | None:
@@ -68,8 +70,18 @@ class HeldOut:
             places = [places[n] for n in sorted(picked)]
         held = list(dict.fromkeys(ready.validation.places if ready.validation else ()))
         proof, known = _proof_rows(ready)
-        halved = ready.request.keep_general
-        return cls(ready.request, ready.renderer, ready.settings.precision, seed, places, held, proof, known, halved)
+        return cls(
+            ready.request,
+            ready.renderer,
+            ready.settings.precision,
+            seed,
+            places,
+            held,
+            proof,
+            known,
+            ready.request.keep_general,
+            ready.base_seconds,
+        )
 
     def examples(self, heed: Callable[[], None]) -> list[Example]:
         """The rows that prove, read again. Raises LuthierError when they are not there any more."""
@@ -131,23 +143,54 @@ def end(
     if held is not None:
         report.proof, report.proof_note = conclude(run, held, train_seconds, emit, heed)
     proven = time.monotonic()
+    if held is not None and report.proof is not None:
+        report.learning = _learning(run, held, report.proof, train_seconds, emit, heed)
+    learnt = time.monotonic()
     meter.conclude(run, report, emit, heed)
     ended = time.monotonic()
-    report.parts = _parts(report, train_seconds, proven - begun, ended - proven)
+    report.parts = _parts(report, train_seconds, proven - begun, learnt - proven, ended - learnt)
     report.seconds = round(report.seconds + ended - begun, 2)
     write_json(run.report, report.model_dump())
     write_whole(run.page, page(report, curves(event for _, event in run.events())))
     emit("finished", status="succeeded", model=str(run.model), report=report.told())
 
 
-def _parts(report: Report, training: float, proof: float, forgetting: float) -> list[Part]:
+def _learning(
+    run: RunFolder, held: HeldOut, proof: Proof, train_seconds: float, emit: Emit, heed: Callable[[], None]
+) -> Learning | None:
+    """The metric at each published checkpoint, when there are several and there is time. What fails is told and left
+    out: the model and its proof are there."""
+    steps, tuned = checkpoint.steps(run.published), proof.way("tuned")
+    if len(steps) < 2 or not held.validation or tuned is None or tuned.cost is None:
+        return None
+    load = held.base_seconds
+    rows = learning.rows_worth(
+        len(steps), train_seconds, load, tuned.cost.seconds / len(proof.rows), len(held.validation)
+    )
+    losses = {event["step"]: event["loss"] for _, event in run.events() if event["type"] == "validation"}
+
+    def answered(step: int, count: int) -> Proof:
+        emit("phase", name="curve", message=f"The learning curve: {count} rows asked of the checkpoint at step {step}")
+        return score(run, held, checkpoint.path_of(run.published, step), emit, heed, count)
+
+    try:
+        return learning.measure(run, rows, losses, held.seed, answered)
+    except (LuthierError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        emit("warning", message=f"There is no learning curve: {str(error) or type(error).__name__}", hint="")
+        return None
+
+
+def _parts(report: Report, training: float, proof: float, curve: float, forgetting: float) -> list[Part]:
     """What the parts took, in seconds, beside what was foretold; only those that there were."""
     took: dict[PartName, float] = {"training": training}
     took |= {"proof": proof} if report.proof else {}
+    took |= {"curve": curve} if report.learning else {}
     took |= {"forgetting": forgetting} if report.forgetting else {}
     told = report.forecast
-    foretold = (told.train_seconds, told.prove_seconds, told.forget_seconds) if told else (None, None, None)
-    beside = dict(zip(PARTS, foretold, strict=True))
+    beside: dict[PartName, float | None] = dict.fromkeys(PARTS)
+    if told:
+        beside |= {"training": told.train_seconds, "proof": told.prove_seconds}
+        beside |= {"curve": told.curve_seconds, "forgetting": told.forget_seconds}
     return [
         Part(name=name, foretold=beside[name], seconds=round(seconds, 2), share=round(seconds / training, 4))
         for name, seconds in took.items()
@@ -170,7 +213,9 @@ def conclude(
     return proof, None
 
 
-def score(run: RunFolder, held: HeldOut, folder: Path, emit: Emit, heed: Callable[[], None]) -> Proof:
+def score(
+    run: RunFolder, held: HeldOut, folder: Path, emit: Emit, heed: Callable[[], None], rows: int = prove.MOST_ROWS
+) -> Proof:
     """What the model in `folder` alone answers to the validation rows: what chooses, not what proves."""
     notes: list[str] = []
     loaded = models.load_for_use(str(folder), held.precision)
@@ -180,9 +225,7 @@ def score(run: RunFolder, held: HeldOut, folder: Path, emit: Emit, heed: Callabl
     context = generate.context_of(model)
     examples = held.deciding(heed)
     material = evaluate.prepare(held.renderer, [*_fitting(held.renderer, examples, context, notes)], context, "")
-    plan = prove.Plan(
-        held.request.metric, rows=prove.MOST_ROWS, examples=0, seed=held.seed, memory=memory_of(run, held.request)
-    )
+    plan = prove.Plan(held.request.metric, rows=rows, examples=0, seed=held.seed, memory=memory_of(run, held.request))
     return _asked(held, loaded, material, plan, context, None, (), emit, heed, notes)
 
 

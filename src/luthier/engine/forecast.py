@@ -62,7 +62,7 @@ def make(
     per_byte = machine.disk_seconds_per_byte(run.path)
     models = 1 + (saves if published else 0)
     save = per_byte * (saves * state + models * result) + models * ready.save_seconds
-    ending = closing.foretell(ready, memory, forward, train, heed)
+    ending = closing.foretell(ready, memory, forward, train, published, heed)
     several = any(sum(len(work.all) for work in of_step) > 1 for of_step in works)
     peak = memory.peak(largest.held, learning, several)
     return Forecast(
@@ -80,6 +80,7 @@ def make(
         validate_seconds=round(validate, 2),
         save_seconds=round(save, 2),
         prove_seconds=round(ending.prove_seconds, 2),
+        curve_seconds=round(ending.curve_seconds, 2),
         forget_seconds=round(ending.forget_seconds, 2),
         probe_items=ending.probe_items,
         peak_memory_bytes=max(machine.peak_memory(), round(SAFETY * peak)),

@@ -15,6 +15,7 @@ import jinja2
 from luthier.proof import pareto
 from luthier.proof.judge import p_words
 from luthier.spec.forgetting import Forgetting
+from luthier.spec.learning import Learning
 from luthier.spec.proof import Comparison, Proof, ProofRow, WayName
 from luthier.spec.report import Report
 
@@ -142,7 +143,26 @@ def _curve_charts(report: Report, found: Curves) -> list[dict[str, Any]]:
         if best and found.loss[-1][0] > best:
             note += " The result is the last step; the best checkpoint is kept beside it."
         charts.append(_chart("Validation loss by checkpoint", frame, lines, dots, note))
+    if report.learning is not None:
+        charts.append(_learning(report.learning))
     return charts
+
+
+def _learning(found: Learning) -> dict[str, Any]:
+    points = [(float(point.step), point.score) for point in found.points]
+    ends = [(float(point.step), end) for point in found.points for end in (point.interval.low, point.interval.high)]
+    frame = _frame([points, ends])
+    lines = [{"name": found.metric, "kind": "tuned", "points": [frame.at(*point) for point in points]}]
+    dots = []
+    for point in found.points:
+        low, high = point.interval.low, point.interval.high
+        lines.append(
+            {"name": "95% interval", "kind": "base", "points": [frame.at(point.step, low), frame.at(point.step, high)]}
+        )
+        best = ", the best" if point.step == found.best else ""
+        said = f"step {point.step:,}: {point.score:.4f} ({low:.4f} to {high:.4f}){best}"
+        dots.append({"at": frame.at(point.step, point.score), "kind": "examples" if best else "tuned", "said": said})
+    return _chart(f"{found.metric.replace('_', ' ').capitalize()} by checkpoint", frame, lines, dots, found.sentence)
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:

@@ -28,6 +28,7 @@ class Forecast(BaseModel):
     validate_seconds: float
     save_seconds: float
     prove_seconds: float = Field(default=0.0, description="The proof; at most about a third of the training.")
+    curve_seconds: float = Field(default=0.0, description="The learning curve; at most a twelfth of the training.")
     forget_seconds: float = Field(default=0.0, description="The forgetting meter; at most about a sixth of it.")
     probe_items: int = Field(default=0, description="General items that base and result will be asked; 0: none.")
     peak_memory_bytes: int = Field(description="Most memory that the process will hold.")
@@ -49,13 +50,14 @@ class Forecast(BaseModel):
             ("validating", self.validate_seconds),
             ("saving", self.save_seconds),
         ]
-        ending = [("proof", self.prove_seconds), ("forgetting", self.forget_seconds)]
+        ending = [("proof", self.prove_seconds), ("curve", self.curve_seconds), ("forgetting", self.forget_seconds)]
         return always + [part for part in ending if part[1]]
 
     def left(self, train_left: float, steps_left: int) -> float:
         """Seconds until the run is over when `steps_left` steps will take `train_left`."""
         beside = self.validate_seconds + self.save_seconds
-        return train_left + beside * steps_left / self.steps + self.prove_seconds + self.forget_seconds
+        ending = self.prove_seconds + self.curve_seconds + self.forget_seconds
+        return train_left + beside * steps_left / self.steps + ending
 
     def cost(self, per_hour: float) -> float:
         """Money at that rate an hour, in the rate's currency."""

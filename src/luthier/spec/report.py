@@ -10,9 +10,10 @@ from luthier.spec.forecast import Forecast
 from luthier.spec.forgetting import Forgetting
 from luthier.spec.gate import Gate
 from luthier.spec.keeping import Keeping
+from luthier.spec.learning import Learning
 from luthier.spec.proof import Proof
 
-PartName = Literal["training", "proof", "forgetting"]
+PartName = Literal["training", "proof", "curve", "forgetting"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
 
 
@@ -72,6 +73,7 @@ class Report(BaseModel):
     weights_changed: bool | None = Field(default=None, description="Checked against the start before publishing.")
     proof: Proof | None = Field(default=None, description="Whether it helped, by what the models answered.")
     proof_note: str | None = Field(default=None, description="Why there is no proof, when there should be one.")
+    learning: Learning | None = Field(default=None, description="The metric at each published checkpoint.")
     forgetting: Forgetting | None = Field(default=None, description="What was lost of general abilities.")
     keeping: Keeping | None = Field(default=None, description="The scale that was chosen, and what others give.")
     gate: Gate | None = Field(default=None, description="Whether it kept to the thresholds; null without any.")

@@ -37,7 +37,8 @@ from luthier.spec.errors import NotFound, NotNow
 # Events, in the order a run emits them; the value says which keys each carries beside `time` and `type`.
 EVENTS: dict[str, str] = {
     "started": "pid, run, version, resumed_from (step or null)",
-    "phase": "name (load | data | plan | forecast | train | validate | save | keep | prove | forgetting), message",
+    "phase": "name (load | data | plan | forecast | train | validate | save | keep | prove | curve | forgetting), "
+    "message",
     "progress": "name, done, total: long work that is not a training step",
     "prepared": "rows, train_rows, validation_rows, tokens, supervised_tokens, physical_tokens, tree_ratio, "
     "dropped, truncated, steps, settings (the resolved ones)",
