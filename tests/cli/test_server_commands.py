@@ -203,6 +203,8 @@ def test_create_with_every_option(services: Services, data: Path, capsys: pytest
     assert called(
         "jobs", "create", "--model", "tiny", "-t", data, "-v", known, "--suffix", "mine", "--seed", "5",
         "--epochs", "2", "--batch-size", "4", "--learning-rate-multiplier", "0.5", "--metadata", "a=b=c",
+        "--replay", "0.25", "--metric", "exact_match", "--proof-rows", "3", "--forgetting", "70",
+        "--must-improve", "0.05", "--max-forgetting", "0.1",
     ) == 0  # fmt: skip
     told = capsys.readouterr()
     job = services.jobs.get(told.out.strip())
@@ -212,11 +214,25 @@ def test_create_with_every_option(services: Services, data: Path, capsys: pytest
     assert (job.request["suffix"], job.request["seed"], job.request["metadata"]) == ("mine", 5, {"a": "b=c"})
     numbers = job.request["hyperparameters"]
     assert (numbers["n_epochs"], numbers["batch_size"], numbers["learning_rate_multiplier"]) == (2, 4, 0.5)
+    wanted = {"metric": "exact_match", "proof_rows": 3, "forgetting": 70, "must_improve": 0.05, "max_forgetting": 0.1}
+    assert {name: job.request[name] for name in wanted} == wanted
+    assert numbers["replay"] == 0.25
+    assert called("jobs", "create", "--model", "tiny", "-t", known, "--forgetting", "off") == 0
+    plain = services.jobs.get(capsys.readouterr().out.strip()).request
+    assert (plain["forgetting"], plain["proof_rows"], plain["metric"]) == ("off", "auto", None)
+    assert "replay" not in plain["hyperparameters"]
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--epochs", "two"), ("--batch-size", "1.5"), ("--learning-rate-multiplier", "x"), ("--metadata", "nothing")],
+    [
+        ("--epochs", "two"),
+        ("--batch-size", "1.5"),
+        ("--learning-rate-multiplier", "x"),
+        ("--proof-rows", "few"),
+        ("--forgetting", "all"),
+        ("--metadata", "nothing"),
+    ],
 )
 def test_a_wrong_option(option: str, value: str, services: Services, capsys: pytest.CaptureFixture[str]) -> None:
     assert called("jobs", "create", "--model", "tiny", "-t", "file-a", option, value) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def test_estimated_finish_counts_the_proof_and_the_meter(bench: Bench, tiny: Pat
             "model": "tiny",
             "training_file": bench.file(jsonl(chats(12))),
             "validation_file": bench.file(jsonl(chats(4, start=50))),
-            "hyperparameters": {"n_epochs": 2, "batch_size": 4},
+            "hyperparameters": {"n_epochs": 2, "batch_size": 6, "replay": 0.5},
             "forgetting": 8,
             "must_improve": 0.5,
         }
@@ -42,6 +43,9 @@ def test_estimated_finish_counts_the_proof_and_the_meter(bench: Bench, tiny: Pat
         "passed": False, "must_improve": 0.5, "max_forgetting": None, "reasons": job["gate"]["reasons"]
     }  # fmt: skip
     assert job["gate"]["reasons"][0].startswith("It is not shown to improve")
+    assert job["hyperparameters"]["replay"] == 0.5
+    with bench.files.open(job["result_files"][1]) as handle:
+        assert json.load(handle)["replayed_rows"] == 6, "half of the twelve"
     run = RunFolder(bench.database.home / "runs" / made["id"])
     (forecast,) = [event for _, event in run.events() if event["type"] == "forecast"]
     assert forecast["prove_seconds"] > 0 and forecast["forget_seconds"] > 0

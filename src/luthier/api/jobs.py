@@ -187,7 +187,8 @@ def _numbers(method: Method | None, outer: Hyperparameters | None) -> dict[str, 
         if len(given) == 2 and given[0] != given[1]:
             message = f"{name} is given twice: {given[0]} in hyperparameters, {given[1]} in method."
             raise ApiError(400, message, param=f"hyperparameters.{name}")
-        numbers[name] = given[0] if given else "auto"
+        if given or name != "replay":
+            numbers[name] = given[0] if given else "auto"
     return numbers
 
 
@@ -208,5 +209,6 @@ CREATE_FIELDS: dict[str, tuple[str, str]] = {
     "forgetting": ("supported", "An extension: how many general items base and result are asked; `auto` or `off`."),
     "must_improve": ("supported", "An extension, of the gate: the improvement over the base that must be shown."),
     "max_forgetting": ("supported", "An extension, of the gate: the most general ability that may be lost, 0 to 1."),
+    "hyperparameters.replay": ("supported", "An extension, also in the method's: general rows to mix in, as a share."),
     "hyperparameters": ("supported", "The older place of the method's; a name with two different values is refused."),
 }

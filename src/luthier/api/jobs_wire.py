@@ -100,6 +100,7 @@ Forgetting = Annotated[
         {"anyOf": [{"enum": ["auto", "off"]}, {"type": "integer", "minimum": 1, "maximum": MOST_PROOF_ROWS}]}
     ),
 ]
+Replay = Annotated[float, Field(ge=0, le=10, strict=True)]
 Threshold = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(clean)]
@@ -137,6 +138,7 @@ class Hyperparameters(Strict):
     n_epochs: Epochs | None = None
     batch_size: BatchSize | None = None
     learning_rate_multiplier: Multiplier | None = None
+    replay: Replay | None = None  # an extension: shown only where it was asked for
 
 
 class Supervised(Strict):
@@ -225,7 +227,8 @@ def job_object(job: Job, organization: str) -> dict[str, Any]:
 def hyperparameters(job: Job) -> dict[str, Any]:
     """What they came to once the job was set up; before that what was asked, `auto` included."""
     known = {**job.request.get("hyperparameters", {}), **(job.hyperparameters or {})}
-    return {name: known.get(name, "auto") for name in Hyperparameters.model_fields}
+    shown = [name for name in Hyperparameters.model_fields if name != "replay" or name in known]
+    return {name: known.get(name, "auto") for name in shown}
 
 
 def _integration(one: dict[str, Any], job: Job) -> dict[str, Any]:

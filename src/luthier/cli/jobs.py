@@ -48,6 +48,22 @@ def create(
     multiplier: Annotated[
         str, typer.Option("--learning-rate-multiplier", metavar="X|auto", help="Times the server's own rate.")
     ] = "auto",
+    replay: Annotated[
+        float | None, typer.Option("--replay", metavar="R", help="General rows mixed in, as a share of the data (0.1).")
+    ] = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="How the validation answers are scored.")] = None,
+    proof_rows: Annotated[
+        str, typer.Option("--proof-rows", metavar="N|auto", help="Validation rows that prove it; 0: no proof.")
+    ] = "auto",
+    forgetting: Annotated[
+        str, typer.Option("--forgetting", metavar="N|auto|off", help="General items asked before and after.")
+    ] = "auto",
+    must_improve: Annotated[
+        float | None, typer.Option("--must-improve", metavar="X", help="Gate: the improvement that must be shown.")
+    ] = None,
+    max_forgetting: Annotated[
+        float | None, typer.Option("--max-forgetting", metavar="X", help="Gate: the most ability that may be lost.")
+    ] = None,
     metadata: Annotated[
         list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="Kept with the job.")
     ] = None,
@@ -62,6 +78,11 @@ def create(
         "batch_size": _number(batch_size, int, "--batch-size"),
         "learning_rate_multiplier": _number(multiplier, float, "--learning-rate-multiplier"),
     }
+    if replay is not None:
+        hyperparameters["replay"] = replay
+    body |= {"metric": metric, "must_improve": must_improve, "max_forgetting": max_forgetting}
+    body["proof_rows"] = _number(proof_rows, int, "--proof-rows")
+    body["forgetting"] = forgetting if forgetting == "off" else _number(forgetting, int, "--forgetting")
     body["method"] = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
     body["metadata"] = _pairs(metadata) or None
     client = connect(server)

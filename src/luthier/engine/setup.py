@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from luthier.data import general
 from luthier.data.dataset import Prepared, Rows, mentions_tools, says_tools, split
 from luthier.data.render import Renderer
 from luthier.data.replay import mix
@@ -285,15 +286,15 @@ def _replay(
     if not request.replay:
         return train, 0
     try:
-        paths = [str(request.replay_data)]
-        general = rendered.prepare(paths, renderer, base_hash, max_length=max_length, overlong="drop")
+        paths = [request.replay_data or str(general.PLACE)]
+        found = rendered.prepare(paths, renderer, base_hash, max_length=max_length, overlong="drop")
     except BadData as error:
         error.param = "replay_data"
         raise
-    _tell_warnings(general, emit)
-    mixed, count = mix(train, general.rows, request.replay, seed)
-    left_out = f" ({general.dropped} were too long)" if general.dropped else ""
-    emit("phase", name="data", message=f"{count} of {len(general.rows)} general rows are mixed in{left_out}")
+    _tell_warnings(found, emit)
+    mixed, count = mix(train, found.rows, request.replay, seed)
+    left_out = f" ({found.dropped} were too long)" if found.dropped else ""
+    emit("phase", name="data", message=f"{count} of {len(found.rows)} general rows are mixed in{left_out}")
     return mixed, count
 
 

@@ -71,9 +71,11 @@ class TrainRequest(BaseModel):
     replay: Annotated[float, Field(ge=0, le=10)] = Field(
         default=0.0,
         description="General rows to mix in against forgetting, as a share of the training rows (0.1), from "
-        "--replay-data.",
+        "--replay-data or rows of our own.",
     )
-    replay_data: str | None = Field(default=None, description="The file that --replay takes general rows from.")
+    replay_data: str | None = Field(
+        default=None, description="The file that --replay takes general rows from; default: short chats of our own."
+    )
     must_improve: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         default=None,
         description="Threshold of the gate: how much better than the base's the score must be shown to be (the lower "
@@ -178,8 +180,8 @@ class TrainRequest(BaseModel):
 
     @model_validator(mode="after")
     def _replay_has_rows(self) -> TrainRequest:
-        if bool(self.replay) is not bool(self.replay_data):
-            raise ValueError("replay and replay_data need each other: how many general rows, and where they lie")
+        if self.replay_data and not self.replay:
+            raise ValueError("replay_data needs replay: how many general rows to take from it")
         return self
 
     @model_validator(mode="after")

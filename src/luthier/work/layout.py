@@ -29,6 +29,7 @@ NAMES = {  # a job's hyperparameter -> the engine's option
     "batch_size": "batch_size",
     "learning_rate_multiplier": "learning_rate_multiplier",
     "prompt_loss_weight": "prompt_loss_weight",
+    "replay": "replay",
 }
 LEGACY_MULTIPLIER = 0.1  # the older API's usual value: it means this server's own rate
 CLASSIFICATION = ("classification_n_classes", "classification_positive_class", "classification_betas")
@@ -44,6 +45,7 @@ PARAMS = {  # the engine's word for what was wrong -> the job's
     "learning_rate": "learning_rate_multiplier",
     "learning_rate_multiplier": "learning_rate_multiplier",
     "prompt_loss_weight": "prompt_loss_weight",
+    "replay": "replay",
     **{name: name for name in (*CLASSIFICATION, *PROOF)},
 }
 
