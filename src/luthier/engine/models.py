@@ -255,3 +255,18 @@ def fitting_tokens(model: Any, whole: bool) -> int:
     if whole:
         room -= 16 * sum(weight.numel() for weight in model.parameters())
     return max(LEAST_TOKENS, min(MOST_TOKENS, room // 2 // activation_bytes(model) // 256 * 256))
+
+
+def still(model: Any) -> list[str]:
+    """Attention dropout would need a random mask inside every block; it is turned off, and said."""
+    found = [0.0]
+    for module in model.modules():
+        for name in ("attention_dropout", "attn_dropout"):
+            value = getattr(module, name, None)
+            if isinstance(value, float):
+                found.append(value)
+                setattr(module, name, 0.0)
+            elif isinstance(value, torch.nn.Dropout):
+                found.append(value.p)
+                value.p = 0.0
+    return [f"The base's attention dropout of {max(found)} is turned off while tuning."] if max(found) > 0 else []

@@ -149,7 +149,7 @@ def make_ready(
 
     heed()
     attention.install(base)
-    notes = _still(base)
+    notes = models.still(base)
     state: dict[str, torch.Tensor] = {}
     if forebear is not None and forebear.adapter:
         model, state = forebear.attach(base, request)
@@ -384,21 +384,6 @@ def settle(
         precision="bfloat16" if precision == "bfloat16" else "float32",
         alpha=2.0 * request.rank if request.alpha is None else request.alpha,
     )
-
-
-def _still(model: Any) -> list[str]:
-    """Attention dropout would need a random mask inside every block; it is turned off, and said."""
-    found = [0.0]
-    for module in model.modules():
-        for name in ("attention_dropout", "attn_dropout"):
-            value = getattr(module, name, None)
-            if isinstance(value, float):
-                found.append(value)
-                setattr(module, name, 0.0)
-            elif isinstance(value, torch.nn.Dropout):
-                found.append(value.p)
-                value.p = 0.0
-    return [f"The base's attention dropout of {max(found)} is turned off while tuning."] if max(found) > 0 else []
 
 
 def _prove_path(model: Any, train: Rows, precision: str) -> None:

@@ -263,7 +263,7 @@ def _forgotten(found: Forgetting) -> dict[str, Any]:
         for n, (name, loss, low, high, counted) in enumerate(lines)
     ]
     ticks = [{"at": at(share * reach), "said": figure(share * reach, "+.0%")} for share in (-1, -0.5, 0, 0.5, 1)]
-    return {"rows": rows, "ticks": ticks, "height": 20 + 26 * len(rows), "width": 150 + WIDTH + 70}
+    return {"rows": rows, "ticks": ticks, "height": 20 + 26 * len(rows), "width": 150 + WIDTH + 100}
 
 
 def _said(proof: Proof, value: float | None) -> str:
