@@ -22,6 +22,7 @@ from luthier.engine.prove import FIRST, LATENCY_ROWS, MOST_LABELS, MOST_ROWS
 from luthier.engine.setup import Ready
 from luthier.proof import probe
 from luthier.spec.job import TrainRequest
+from luthier.spec.keeping import ITEMS
 
 PROOF_SHARE = 1 / 3  # of the training time that a proof may take by default
 METER_SHARE = 1 / 6  # of the training time that the forgetting meter may take by default
@@ -71,6 +72,8 @@ def items_worth(request: TrainRequest, train_seconds: float, load: float, per_it
         return request.forgetting
     room = max(0.0, train_seconds * METER_SHARE - load)
     worth = int(min(MOST, room / per_item)) // ROUND * ROUND
+    if request.keep_general:
+        worth = max(ITEMS, worth)
     if request.max_forgetting is not None:
         return max(GATED, worth)
     return worth if worth >= FEWEST else 0
