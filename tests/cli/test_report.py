@@ -10,7 +10,10 @@ import pytest
 
 from luthier.proof.forgetting import compare
 from luthier.proof.probe import Item
+from luthier.proof.significance import wilson
 from luthier.spec.gate import judge
+from luthier.spec.learning import Learning, LearningPoint
+from luthier.spec.proof import Interval
 from luthier.spec.report import Report
 from luthier.spec.run import RunFolder
 from tests.cli.calling import Run, caller
@@ -73,6 +76,30 @@ def test_what_cannot_be_shown_is_told(run: Run, tmp_path: Path, tiny: Path, fini
     assert code == 1 and "cannot be read" in err
     code, out, _ = run(finished.path, "--json", "--html")
     assert code == 2 and "one of the two" in out
+
+
+def test_the_learning_curve_names_the_best(run: Run, tmp_path: Path, finished: RunFolder) -> None:
+    shown = RunFolder(tmp_path / "run").create(json.loads(finished.request.read_text()))
+    report = Report.model_validate_json(finished.report.read_text())
+    points = []
+    for step, passed in ((2, 7), (4, 9), (6, 8)):
+        low, high = wilson(passed, 10)
+        scores = [float(n < passed) for n in range(10)]
+        ends = Interval(low=low, high=high, method="Wilson score interval")
+        points.append(
+            LearningPoint(step=step, score=passed / 10, interval=ends, scores=scores, validation_loss=1 / step)
+        )
+    chosen = "Measured on 10 of 40 validation rows, the same ones at each checkpoint."
+    rows = list(range(1, 11))
+    report.learning = Learning(metric="exact_match", rows=rows, chosen=chosen, points=points, best=4)
+    shown.report.write_text(report.model_dump_json())
+    code, out, _ = run(shown.path)
+    assert code == 0
+    assert "step      4  exact_match 0.900 (0.596 to 0.982)  validation loss 0.2500  best" in out.splitlines()
+    assert out.count("  best\n") == 1
+    said = " ".join(out.split())
+    assert f"Best: step 4, exact_match 0.900 (95%: 0.596 to 0.982). {chosen}" in said
+    assert "The result, step 6 with 0.800, lies within that interval." in said
 
 
 def test_what_was_forgotten_and_the_gate_are_shown(run: Run, tmp_path: Path, finished: RunFolder) -> None:

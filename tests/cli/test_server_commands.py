@@ -274,6 +274,23 @@ def test_list_get_cancel(services: Services, capsys: pytest.CaptureFixture[str])
     assert lines(capsys)[0]["status"] == "cancelled"
 
 
+def test_get_says_what_a_job_came_to(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    job = made_job(services)
+    lease = driving.start(services)
+    lost = {"loss": 0.0312, "low": 0.01, "high": 0.052}
+    gate = {"passed": False, "reasons": ["It lost 3.1% of general ability, more than 1.0%."]}
+    services.leases.record(lease, proof={"sentence": "Tuning helped."}, forgetting=lost, gate=gate)
+    assert called("jobs", "get", job) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "  proof: Tuning helped." in told
+    assert "  forgetting: lost +3.1% of general ability, 95% interval +1.0% to +5.2%" in told
+    assert "  gate: closed: It lost 3.1% of general ability, more than 1.0%." in told
+    services.leases.record(lease, gate={"passed": True, "reasons": []}, forgetting={"loss": None})
+    assert called("jobs", "get", job) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "  gate: passed" in told and not any("forgetting:" in line for line in told)
+
+
 def test_pause_and_resume(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
     job = made_job(services)
     driving.validate(services)
