@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from luthier.cli import sweeping
+from luthier.cli.sweep_view import Lines
 from luthier.data.formats import read_examples
 from luthier.data.split import prompt_key
 from luthier.spec.errors import BadSetting, NotNow
@@ -351,6 +352,20 @@ def test_what_cannot_be_parted_is_refused(tmp_path: Path) -> None:
         apart(tmp_path, data=[train], validation="0.5")
     with pytest.raises(BadSetting, match="Several data files"):
         sweeping.keep_apart({"data": [train, train]}, sweeping.Folder(tmp_path / "sweep"), 0)
+
+
+def test_trials_share_the_precision_that_the_first_came_to(tmp_path: Path) -> None:
+    """It is timed, so the next trial might come to another."""
+    folder = sweeping.Folder(tmp_path / "sweep")
+    asked = sweeping.Asked(
+        request={"model": "m", "data": ["d"]}, grid={"rank": [2, 4]}, halving=3, by="loss", given={}, kept_apart=""
+    )
+    sweep = sweeping.Sweep(folder, asked, Lines())
+    first = sweep._laid_out(sweep.result.trials[0])
+    assert "precision" not in json.loads(first.request.read_text())
+    first.spec.write_text(json.dumps({"settings": {"precision": "bfloat16"}}))
+    second = sweep._laid_out(sweep.result.trials[1])
+    assert json.loads(second.request.read_text()) == {"model": "m", "data": ["d"], "precision": "bfloat16", "rank": 4}
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

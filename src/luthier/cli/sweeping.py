@@ -194,8 +194,17 @@ class Sweep:
     def _laid_out(self, trial: Trial) -> RunFolder:
         run = RunFolder(trial.run)
         if not run.request.is_file():
-            run.create({**self.asked.request, **trial.values})
+            run.create({**self.asked.request, **self._precision(), **trial.values})
         return run
+
+    def _precision(self) -> dict[str, str]:
+        """What `auto` came to in the first trial that got so far: timed anew, another could come to something else."""
+        if self.asked.request.get("precision", "auto") == "auto":
+            for trial in self.result.trials:
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    spec = json.loads(RunFolder(trial.run).spec.read_text(encoding="utf-8"))
+                    return {"precision": str(spec["settings"]["precision"])}
+        return {}
 
     def _waited(self, run: RunFolder) -> bool:
         """Whether an engine that outlived an earlier attempt was at work here; it is waited for."""
