@@ -100,7 +100,7 @@ class Moving:
         if self.result is None or self.trial is None:
             return Text("Making the sweep ready", "dim")
         words = Text(f"Trial {self.trial.number} ({visible(self.trial.words)}): {visible(self.doing)}", "cyan")
-        return Group(table(self.result, self.trial.number), words)
+        return Group(words, table(self.result, self.trial.number))  # many trials are cut at the foot
 
 
 def watcher(as_json: bool) -> Lines | Moving:
