@@ -296,6 +296,25 @@ def test_by_metric_and_rendered_rows_are_made_once(home: Path, tiny: Path, tmp_p
     assert found["by"] == "metric"
 
 
+def test_trials_are_weighed_by_what_they_forgot(home: Path, tiny: Path, data: Path, tmp_path: Path) -> None:
+    """By what their events tell: the one that forgot least of those that keep the gain, then its scale."""
+    out = tmp_path / "sweep"
+    words = ["sweep", "--model", str(tiny), "--data", str(data), "--validation", "0.2", "--out", str(out)]
+    words += ["--rank", "2,4", "--halving", "1", "--max-steps", "6", "--learning-rate", "1e-2", "--seed", "3"]
+    words += ["--metric", "text", "--by", "metric", "--keep-general", "--precision", "float32", "--proof-rows", "2"]
+    said, _ = ended(luthier(home, *words))
+    found = results(out)
+    rungs = {trial.number: trial.rungs[0] for trial in found.trials}
+    gains = {number: rung.score - rung.base for number, rung in rungs.items()}  # type: ignore[operator]
+    able = [number for number in gains if gains[number] >= 0.95 * max(gains.values())]
+    assert max(gains.values()) > 0
+    assert found.winner == min(able, key=lambda number: (rungs[number].forgetting, -gains[number], number))
+    assert "keep 95% of the best gain" in found.rule and "and the general ability lost" in said
+    won = RunFolder(next(trial.run for trial in found.trials if trial.number == found.winner))
+    assert json.loads(won.report.read_text())["keeping"]["rows"] == 8  # all deciding rows: others prove
+    assert found.command is not None and "--keep-general" in found.command
+
+
 def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", chats(3))
     asked = sweeping.Asked(

@@ -105,6 +105,31 @@ def test_a_score_is_of_the_checkpoint_on_the_validation_rows(
     assert rung["score"] == pytest.approx(sum(row.scores["tuned"] for row in report.proof.rows) / 4) and rung["score"]
 
 
+def test_where_ability_is_to_be_kept_the_base_and_what_was_forgotten_are_told(
+    tmp_path: Path, tiny: Path, files: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.data.render import Renderer
+    from luthier.engine import forget, models
+    from luthier.proof import probe
+    from luthier.proof.forgetting import compare
+    from luthier.spec.keeping import ITEMS
+
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
+    run = started(
+        tmp_path / "run", tiny, files, publish_checkpoints=1, metric="text", learning_rate=1e-2, keep_general=True
+    )
+    assert carry_out(run, rung=(Fraction(1, 2), True)) == 0
+    told = events(run, "rung")[0]
+    items = probe.sample(probe.half(probe.general(), 0), ITEMS)
+    renderer = Renderer.load(checkpoint.path_of(run.published, 4))
+    scores = [
+        forget.measure(models.load_for_use(str(folder), "float32").model, renderer, items)
+        for folder in (tiny, checkpoint.path_of(run.published, 4))
+    ]
+    assert told["forgetting"] == pytest.approx(compare(items, *scores, "base").loss, abs=1e-6)
+    assert told["base"] is not None and told["base"] != told["score"]
+
+
 def test_the_proof_is_measured_on_rows_of_its_own(tmp_path: Path, tiny: Path, files: tuple[Path, Path, Path]) -> None:
     run = train(
         tmp_path / "run", tiny, files[0], **OPTIONS, validation=str(files[1]), proof_data=str(files[2]), proof_rows=9

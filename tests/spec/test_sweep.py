@@ -78,6 +78,19 @@ def test_the_best_go_first_and_ties_keep_their_order() -> None:
     assert ranked([Trial(number=1, values={}, run="")], share, "loss") == []
 
 
+def test_of_those_that_keep_the_gain_the_one_that_forgot_least_goes_first() -> None:
+    figures = {1: (0.90, 0.30), 2: (0.89, 0.05), 3: (0.80, 0.00), 4: (0.885, 0.05), 5: (0.40, -0.10)}
+    trials = []
+    for number, (score, lost) in figures.items():
+        one = trial(number, 1.0, score)
+        one.rungs[0].base, one.rungs[0].forgetting = 0.5, lost
+        trials.append(one)
+    assert [each.number for each in ranked(trials, Fraction(1, 3), "metric")] == [2, 4, 1, 3, 5]
+    for one in trials:
+        one.rungs[0].base = 0.95  # nobody gains: by the score alone
+    assert [each.number for each in ranked(trials, Fraction(1, 3), "metric")] == [1, 2, 4, 3, 5]
+
+
 def test_the_command_pins_what_chance_and_the_machine_decided() -> None:
     request = make_request(
         {"model": "m", "data": ["a b", "c"], "rank": 4, "target_modules": ["q_proj", "v_proj"], "validation": "d"}

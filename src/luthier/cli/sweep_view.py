@@ -144,13 +144,16 @@ def _order(result: Result) -> list[Trial]:
 def _cell(rung: Rung | None) -> str:
     if rung is None:
         return ""
-    return number(rung.score if rung.score is not None else rung.loss, ".4f")
+    lost = f" ({rung.forgetting:+.1%})" if rung.forgetting is not None else ""
+    return number(rung.score if rung.score is not None else rung.loss, ".4f") + lost
 
 
 def show(folder: Folder, result: Result) -> None:
     """What came of it."""
     out = console()
     what = "Loss of the deciding rows" if result.by == "loss" else "The proof's metric on the deciding rows"
+    if any(rung.forgetting is not None for trial in result.trials for rung in trial.rungs):
+        what += ", and the general ability lost"
     out.print(f"{what}. {result.rule}", markup=False)
     out.print(table(result))
     for trial in result.trials:

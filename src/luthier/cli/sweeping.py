@@ -28,6 +28,7 @@ from luthier.cli.follow import Outcome, View, engine_command, follow
 from luthier.cli.output import short, typed
 from luthier.spec.errors import BadSetting, LuthierError, NotFound, NotNow, UserError
 from luthier.spec.job import TrainRequest
+from luthier.spec.keeping import KEPT_SHARE
 from luthier.spec.report import Report
 from luthier.spec.run import RunFolder, append_line, write_json, write_whole
 from luthier.spec.sweep import Asked, Result, Rung, Trial, combinations, command_words, plan, ranked
@@ -268,6 +269,8 @@ class Sweep:
 def rule_words(asked: Asked, rungs: Sequence[tuple[Fraction, int]]) -> str:
     """How the winner is chosen, in a sentence."""
     by = "loss on the deciding rows" if asked.by == "loss" else "the proof's metric on the deciding rows"
+    if asked.by == "metric" and asked.request.get("keep_general"):
+        by = f"what was forgotten, of those that keep {KEPT_SHARE:.0%} of the best gain on the deciding rows"
     if len(rungs) == 1:
         return f"Every trial goes to its end; the best by {by} wins."
     went = ", ".join(f"{count} to {share} of their steps" for share, count in rungs[:-1])

@@ -214,9 +214,16 @@ def conclude(
 
 
 def score(
-    run: RunFolder, held: HeldOut, folder: Path, emit: Emit, heed: Callable[[], None], rows: int = prove.MOST_ROWS
+    run: RunFolder,
+    held: HeldOut,
+    folder: Path,
+    emit: Emit,
+    heed: Callable[[], None],
+    rows: int = prove.MOST_ROWS,
+    beside: bool = False,
 ) -> Proof:
-    """What the model in `folder` alone answers to the validation rows: what chooses, not what proves."""
+    """What the model in `folder` answers to the validation rows, and what its base does when it is `beside`: what
+    chooses, not what proves."""
     notes: list[str] = []
     loaded = models.load_for_use(str(folder), held.precision)
     model: Any = loaded.model
@@ -226,7 +233,8 @@ def score(
     examples = held.deciding(heed)
     material = evaluate.prepare(held.renderer, [*_fitting(held.renderer, examples, context, notes)], context, "")
     plan = prove.Plan(held.request.metric, rows=rows, examples=0, seed=held.seed, memory=memory_of(run, held.request))
-    return _asked(held, loaded, material, plan, context, None, (), emit, heed, notes)
+    base = prove.untuned(loaded, None, notes.append) if beside else None
+    return _asked(held, loaded, material, plan, context, base, (), emit, heed, notes)
 
 
 def memory_of(run: RunFolder, request: TrainRequest) -> Path:

@@ -7,8 +7,9 @@ Does not know: the loop; how an item is scored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from luthier.engine import forget, models, prove
 from luthier.engine.setup import Ready
 from luthier.proof import probe
 from luthier.proof.forgetting import compare
+from luthier.proof.probe import Item
 from luthier.spec.errors import LuthierError
 from luthier.spec.forgetting import Forgetting
 from luthier.spec.gate import Gate, judge
@@ -60,7 +62,11 @@ class Meter:
 
     def _measure(self, run: RunFolder, count: int, emit: Emit, heed: Callable[[], None]) -> Forgetting:
         items = probe.sample(probe.half(probe.general(), 1) if self.halved else probe.general(), count)
-        loaded = models.load_for_use(str(run.path), self.precision)
+        return self.of_folder(run.path, items, emit, heed)
+
+    def of_folder(self, folder: Path, items: Sequence[Item], emit: Emit, heed: Callable[[], None]) -> Forgetting:
+        """What the run or model in `folder` lost of `items` beside its base. Raises LuthierError without a base."""
+        loaded = models.load_for_use(str(folder), self.precision)
         model: Any = loaded.model
         if torch.cuda.is_available():
             model.cuda()

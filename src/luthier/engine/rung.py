@@ -19,7 +19,10 @@ from typing import Any
 
 from luthier.engine import checkpoint
 from luthier.engine.ending import HeldOut, score
+from luthier.engine.meter import Meter
+from luthier.proof import probe
 from luthier.proof.page import curves, page
+from luthier.spec.keeping import ITEMS
 from luthier.spec.report import Report
 from luthier.spec.run import RunFolder, write_json, write_whole
 
@@ -37,18 +40,30 @@ class Part:
 
 
 def conclude(
-    run: RunFolder, report: Report, steps: int, held: HeldOut | None, part: Part, emit: Any, heed: Callable[[], None]
+    run: RunFolder,
+    report: Report,
+    steps: int,
+    held: HeldOut | None,
+    meter: Meter,
+    part: Part,
+    emit: Any,
+    heed: Callable[[], None],
 ) -> None:
-    """Tell what the run came to at this rung, of `steps` in all; a report without a proof, for the eye."""
+    """Tell what the run came to at this rung, of `steps` in all; a report without a proof, for the eye. Where general
+    ability is to be kept, a score comes with what was forgotten, on the half of the probe that chooses."""
     found = report.tuned
-    proof = None
+    proof = lost = None
     if part.score and held is not None:
         emit("phase", name="prove", message="Validation rows answered by the checkpoint")
-        proof = score(run, held, checkpoint.path_of(run.published, report.steps), emit, heed)
+        folder = checkpoint.path_of(run.published, report.steps)
+        proof = score(run, held, folder, emit, heed, beside=held.request.keep_general)
+        if held.request.keep_general:
+            emit("phase", name="forgetting", message="Asking the checkpoint general items")
+            lost = meter.of_folder(folder, probe.sample(probe.half(probe.general(), 0), ITEMS), emit, heed)
     report.proof_note = f"It was left after step {report.steps} of {steps}, and is proven at its end."
     write_json(run.report, report.model_dump())
     write_whole(run.page, page(report, curves(event for _, event in run.events())))
-    way = proof.way("tuned") if proof is not None else None
+    way, base = (proof.way("tuned"), proof.way("base")) if proof is not None else (None, None)
     emit(
         "rung",
         share=str(part.share),
@@ -58,5 +73,7 @@ def conclude(
         metric=proof.metric if proof else None,
         higher_is_better=proof.higher_is_better if proof else None,
         score=way.score if way else None,
+        base=base.score if base else None,
+        forgetting=lost.loss if lost else None,
         rows=len(proof.rows) if proof else (found.rows if found else 0),
     )

@@ -82,7 +82,7 @@ def train(run: RunFolder, estimate: bool = False, part: Part | None = None) -> N
         del loop, ready  # the weights that learnt: what is proven is the model that was published
         if part is not None:
             if rank == 0:
-                rung.conclude(run, report, steps, held, part, emit, heed)
+                rung.conclude(run, report, steps, held, asked, part, emit, heed)
             raise Stopped(start)
         if rank == 0:
             keep.in_a_run(run, report, held, asked, emit, heed)

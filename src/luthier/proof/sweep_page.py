@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from luthier.proof.page import figure, visible
-from luthier.spec.sweep import Result, Trial
+from luthier.spec.sweep import Result, Rung, Trial
 
 WIDTH, HEIGHT, LEFT, TOP = 760, 300, 60, 10  # of the plot, in pixels
 Point = tuple[float, float]
@@ -34,9 +34,12 @@ def page(result: Result, curves: Mapping[int, Sequence[Point]]) -> str:
 def _cells(result: Result, trial: Trial) -> list[str]:
     """What the trial was measured at each rung."""
     found = [trial.at(Fraction(share)) for share in result.shares]
-    return [
-        "" if rung is None else figure(rung.score if rung.score is not None else rung.loss, ".4f") for rung in found
-    ]
+    return ["" if rung is None else _cell(rung) for rung in found]
+
+
+def _cell(rung: Rung) -> str:
+    lost = f" ({rung.forgetting:+.1%})" if rung.forgetting is not None else ""
+    return figure(rung.score if rung.score is not None else rung.loss, ".4f") + lost
 
 
 def _plot(result: Result, curves: Mapping[int, Sequence[Point]]) -> dict[str, Any] | None:

@@ -52,7 +52,8 @@ EVENTS: dict[str, str] = {
     "classification (name: number or null; null when it was not asked for)",
     "checkpoint": "step, path, best (bool), published (a servable folder, or null)",
     "rung": "share (N/D, of all steps), step, steps, loss, metric, higher_is_better, score (null unless it was asked "
-    "for), rows: a part of a run that others are compared with ended here, and `stopped` follows",
+    "for), base and forgetting (the base's score, and what was forgotten; null unless that decides too), rows: a part "
+    "of a run that others are compared with ended here, and `stopped` follows",
     "finished": "status (succeeded; or estimated: nothing was asked for but the forecast), model, report (without the "
     "rows of its proof)",
     "stopped": "status (stopped), step, resume (the command that goes on)",

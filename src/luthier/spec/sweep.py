@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from luthier.spec.errors import BadSetting
 from luthier.spec.job import TrainRequest, make_request
+from luthier.spec.keeping import KEPT_SHARE
 from luthier.spec.proof import Proof
 
 GRID = ("learning_rate", "learning_rate_multiplier", "rank", "epochs", "batch_size")  # options that take several values
@@ -40,7 +41,16 @@ class Rung(Said):
     metric: str | None = None
     higher_is_better: bool | None = None
     score: float | None = Field(default=None, description="By the metric; null unless that decides.")
+    base: float | None = Field(default=None, description="The base's score on the same rows.")
+    forgetting: float | None = Field(default=None, description="General ability lost, on the items that choose.")
     rows: int = 0
+
+    @property
+    def gain(self) -> float | None:
+        """How much better than the base's the score is; null unless both are known."""
+        if self.score is None or self.base is None:
+            return None
+        return self.score - self.base if self.higher_is_better else self.base - self.score
 
 
 class Trial(Said):
@@ -136,7 +146,13 @@ def plan(trials: int, halving: int) -> list[tuple[Fraction, int]]:
 
 
 def ranked(trials: Sequence[Trial], share: Fraction, by: By) -> list[Trial]:
-    """Those that were measured at that rung, best first; of equals the one of lower loss, then the earlier one."""
+    """Those that were measured at that rung, best first; of equals the one of lower loss, then the earlier one.
+
+    Where it was measured what each forgot: first those that keep KEPT_SHARE of the best gain on the base, of them the
+    one that forgot least; then the others by their gain.
+    """
+    gains = [rung.gain for trial in trials if (rung := trial.at(share)) is not None]
+    best = max((gain for gain in gains if gain is not None), default=0.0)
 
     def key(trial: Trial) -> tuple[float, float, int]:
         rung = trial.at(share)
@@ -144,6 +160,10 @@ def ranked(trials: Sequence[Trial], share: Fraction, by: By) -> list[Trial]:
         loss = rung.loss if rung.loss is not None else float("inf")
         if by == "loss" or rung.score is None:
             return (loss, loss, trial.number)
+        if rung.gain is not None and rung.forgetting is not None and best > 0:
+            if rung.gain >= KEPT_SHARE * best - 1e-9:
+                return (rung.forgetting - 1000, -rung.gain, trial.number)  # before all that keep less of the gain
+            return (-rung.gain, loss, trial.number)
         return (-rung.score if rung.higher_is_better else rung.score, loss, trial.number)
 
     return sorted((trial for trial in trials if trial.at(share) is not None), key=key)
