@@ -247,14 +247,28 @@ def test_an_engine_that_dies_without_a_word_is_told_and_the_others_go_on(
 
 def test_ctrl_c_stops_at_a_checkpoint(home: Path, tiny: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
-    process = start(home, tiny, data, out, "--rank", "2,4", "--max-steps", "4000")
+    process = start(home, tiny, data, out, "--rank", "2,4", "--epochs", "500", "--max-steps", "4000")
     while not events(RunFolder(out / "trials" / "01"), "step"):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = ended(process, 130)
     assert f"luthier sweep --resume {out}" in err
+    assert events(RunFolder(out / "trials" / "01"), "step")[-1]["step"] < 4000 / 3, "long before its rung"
     assert events(RunFolder(out / "trials" / "01"))[-1]["type"] == "stopped"
+
+
+def test_ctrl_c_counts_when_the_trial_is_at_its_rung(home: Path, tiny: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    process = start(home, tiny, data, out, "--rank", "2,4")
+    while [step["step"] for step in events(RunFolder(out / "trials" / "01"), "step")][-1:] != [3]:  # of 9
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    ended(process, 130)
+    assert results(out).status != "finished"
+    ended(luthier(home, "sweep", "--resume", str(out)))
+    assert results(out).status == "finished"
 
 
 def test_a_sweep_without_a_trial_left_fails(home: Path, tiny: Path, data: Path, tmp_path: Path) -> None:

@@ -108,19 +108,19 @@ def show(report: Report, out: Console) -> None:
     for name, numbers in report.statistics["files"].items():
         form = numbers["format"] or "no known format"
         words = f"{visible(name)}: {form}, {plural(numbers['records'], 'record')}"
-        out.print(Text(words, style="bold"), soft_wrap=True)
+        out.print(Text(words, style="bold"), soft_wrap=not out.is_terminal)
         _distributions(numbers, out)
     for finding in report.findings:
         _finding(finding, out, len(report.statistics["files"]) > 1)
     for problem in [problem for problem in report.problems if problem.severity == "error"][:SHOWN_PROBLEMS]:
-        out.print(Text(f"  {visible(str(problem))}", style="red"), soft_wrap=True)
+        out.print(Text(f"  {visible(str(problem))}", style="red"), soft_wrap=not out.is_terminal)
     for each in report.fixes:
         out.print(
             Text.assemble("all that can be mended at once: ", (visible(each["command"]), "green")), soft_wrap=True
         )
     counts = [sum(finding.severity == level for finding in report.findings) for level in STYLES]
     words = ", ".join(plural(count, level) for count, level in zip(counts, STYLES, strict=True) if count)
-    out.print(Text(words or "Nothing to remark.", style="bold"), soft_wrap=True)
+    out.print(Text(words or "Nothing to remark.", style="bold"), soft_wrap=not out.is_terminal)
 
 
 def _finding(finding: Finding, out: Console, several: bool) -> None:
@@ -128,16 +128,19 @@ def _finding(finding: Finding, out: Console, several: bool) -> None:
 
     place = f" [{visible(Path(finding.file).name)}]" if several else ""
     label = Text.assemble((f"{finding.severity}: ", STYLES[finding.severity]), (visible(finding.message), "bold"))
-    out.print(label.append(f"{place} ({finding.kind})", "dim"), soft_wrap=True)
-    out.print(Text(f"  {finding.why}", style="italic"), soft_wrap=True)
+    out.print(label.append(f"{place} ({finding.kind})", "dim"), soft_wrap=not out.is_terminal)
+    out.print(Text(f"  {finding.why}", style="italic"), soft_wrap=not out.is_terminal)
     for row, detail in zip(finding.rows[:SHOWN], finding.details, strict=False):
-        out.print(Text(f"  row {row}: {visible(detail)}"), soft_wrap=True)
+        out.print(Text(f"  row {row}: {visible(detail)}"), soft_wrap=not out.is_terminal)
     if not finding.rows:
         for detail in finding.details[:SHOWN]:
-            out.print(Text(f"  {visible(detail)}"), soft_wrap=True)
+            out.print(Text(f"  {visible(detail)}"), soft_wrap=not out.is_terminal)
     elif finding.count > SHOWN and finding.rows[SHOWN:]:
         more = ", ".join(map(str, finding.rows[SHOWN:]))
-        out.print(Text(f"  also {more}" + (", ..." if finding.count > len(finding.rows) else "")), soft_wrap=True)
+        out.print(
+            Text(f"  also {more}" + (", ..." if finding.count > len(finding.rows) else "")),
+            soft_wrap=not out.is_terminal,
+        )
     if finding.fix:
         out.print(Text.assemble("  mend: ", (visible(finding.fix), "green")), soft_wrap=True)
 
@@ -148,22 +151,22 @@ def _finding(finding: Finding, out: Console, several: bool) -> None:
 def _distributions(numbers: dict[str, Any], out: Console) -> None:
     for key, title in CHARTS:
         if numbers.get(key) and (key != "characters" or "tokens" not in numbers):
-            out.print(_quantiles(title, numbers[key]), soft_wrap=True)
+            out.print(_quantiles(title, numbers[key]), soft_wrap=not out.is_terminal)
             if numbers[key]["min"] != numbers[key]["max"]:
                 bars = [(f"{a:,}" if b - a == 1 else f"{a:,} to {b - 1:,}", n) for a, b, n in fewer(numbers[key])]
                 _bars(bars, out)
     if numbers.get("classes"):
-        out.print("  classes", soft_wrap=True)
+        out.print("  classes", soft_wrap=not out.is_terminal)
         _bars([(visible(label), count) for label, count in numbers["classes"][:BARS]], out)
     if len(numbers["languages"]) > 1:
         said = ", ".join(f"{name} {count:,}" for name, count in numbers["languages"].items())
-        out.print(f"  languages: {said}", soft_wrap=True)
+        out.print(f"  languages: {said}", soft_wrap=not out.is_terminal)
     if numbers["longest"]:
         rows = ", ".join(f"{row['row']} ({row['characters']:,} characters)" for row in numbers["longest"][:SHOWN])
-        out.print(f"  longest rows: {rows}", soft_wrap=True)
+        out.print(f"  longest rows: {rows}", soft_wrap=not out.is_terminal)
     if numbers["oddest"]:
         rows = ", ".join(f"{row['row']} ({row['measure']})" for row in numbers["oddest"][:SHOWN])
-        out.print(f"  oddest rows: {rows}", soft_wrap=True)
+        out.print(f"  oddest rows: {rows}", soft_wrap=not out.is_terminal)
 
 
 def _quantiles(title: str, found: dict[str, Any]) -> str:
@@ -188,4 +191,4 @@ def _bars(bars: list[tuple[str, int]], out: Console) -> None:
     block = "█" if speaks_unicode() else "#"
     for label, count in bars:
         bar = block * (round(count / most * room) or int(count > 0))
-        out.print(Text.assemble(f"    {label:>{wide}} ", (bar, "cyan"), f" {count:,}"), soft_wrap=True)
+        out.print(Text.assemble(f"    {label:>{wide}} ", (bar, "cyan"), f" {count:,}"), soft_wrap=not out.is_terminal)

@@ -104,9 +104,11 @@ def show_forgetting(found: Forgetting) -> None:
         table.add_row(visible(part.name), *cells, style=None if part.counted else "dim")
     out.print(table)
     lost = found.low is not None and found.low > 0
-    out.print(Text(found.verdict, "red" if lost else ""), soft_wrap=True)
+    out.print(Text(found.verdict, "red" if lost else ""), soft_wrap=not out.is_terminal)
     if found.left_out:
-        out.print(f"{found.left_out:,} items were left out: longer than the model reads.", soft_wrap=True)
+        out.print(
+            f"{found.left_out:,} items were left out: longer than the model reads.", soft_wrap=not out.is_terminal
+        )
 
 
 def _share(part: PartChange, value: float) -> str:

@@ -115,9 +115,11 @@ def show_keeping(found: Keeping) -> None:
     out.print(table)
     for line in picture(found):
         out.print(line, markup=False, highlight=False)
-    out.print(Text(visible(found.sentence), "bold"), soft_wrap=True)
+    out.print(Text(visible(found.sentence), "bold"), soft_wrap=not out.is_terminal)
     said = f"Rule: {found.rule} Chosen on {found.rows:,} held-out rows and {found.items:,} items of the probe; the "
-    out.print(f"{said}report's proof and number are of others.", style="dim", markup=False, soft_wrap=True)
+    out.print(
+        f"{said}report's proof and number are of others.", style="dim", markup=False, soft_wrap=not out.is_terminal
+    )
     if found.old is not None:
         out.print(f"As it was trained: {short(found.old)}", markup=False, soft_wrap=True)
 

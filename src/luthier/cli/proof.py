@@ -27,12 +27,12 @@ def show_proof(proof: Proof) -> None:
     for label, cells in proof_lines(proof):
         table.add_row(visible(label), *map(visible, cells))
     out.print(table)
-    out.print(Text(visible(proof.sentence), COLOURS.get(proof.verdict or "", "")), soft_wrap=True)
+    out.print(Text(visible(proof.sentence), COLOURS.get(proof.verdict or "", "")), soft_wrap=not out.is_terminal)
     for comparison in proof.comparisons:
         for line in flips(comparison):
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+            out.print(line, markup=False, highlight=False, soft_wrap=not out.is_terminal)
     for words in (f"Metric: {proof.metric}. {proof.why}", proof.chosen, *proof.notes):
-        out.print(visible(words), style="dim", markup=False, highlight=False, soft_wrap=True)
+        out.print(visible(words), style="dim", markup=False, highlight=False, soft_wrap=not out.is_terminal)
 
 
 def proof_lines(proof: Proof) -> list[tuple[str, list[str]]]:

@@ -24,7 +24,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
-from luthier.cli.follow import Outcome, View, engine_command, follow
+from luthier.cli.follow import INTERRUPTED, Outcome, View, engine_command, follow
 from luthier.cli.output import short, typed
 from luthier.spec.errors import BadSetting, LuthierError, NotFound, NotNow, UserError
 from luthier.spec.job import TrainRequest
@@ -153,6 +153,8 @@ class Sweep:
         if outcome is not None and trial.failed is None and trial.at(share) is None:
             raise Interrupted
         self._write()
+        if outcome is not None and outcome.exit_code == INTERRUPTED:  # when it had come there anyway
+            raise Interrupted
 
     def _finished(self, winner: Trial) -> bool:
         """Publish and prove the winner; False when that fails, and the next best is to take its place."""
