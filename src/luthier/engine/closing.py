@@ -116,22 +116,24 @@ def _proof(ready: Ready, pace: Pace, load: float, train_seconds: float) -> float
     prompts, answers, labels = _lengths(rows)
     most = min(MOST_TOKENS, max(answers) + SPARE_TOKENS)
 
-    def seconds(asked: int, batch: int) -> float:
-        """Of `asked` rows, each way: the base tends to write on, the tuned model ends as the references do."""
-        picked = [n % len(prompts) for n in range(min(asked, len(prompts)))]
+    def ways(picked: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+        """(prompts, answers) of each way: the tuned model ends as the references do, the base tends to write on, and
+        with examples before it it does one or the other."""
         own, wanted = [prompts[n] for n in picked], [answers[n] for n in picked]
         longer = [n + ready.request.proof_examples * (m + n) for n, m in zip(own, wanted, strict=True)]
-        ways = [(own, wanted), (own, [most] * len(own))]
-        ways += [(longer, [most] * len(own))] if ready.request.proof_examples else []
-        told = sum(pace.answer(*way, batch) for way in ways)
+        found = [(own, wanted), (own, [most] * len(own))]
+        return found + ([(longer, [(n + most) // 2 for n in wanted])] if ready.request.proof_examples else [])
+
+    def seconds(asked: int, batch: int) -> float:
+        picked = [n % len(prompts) for n in range(min(asked, len(prompts)))]
+        told = sum(pace.answer(*way, batch) for way in ways(picked))
         if labels:
-            told += sum(pace.read([n + labels]) for way, _ in ways for n in way)
+            told += sum(pace.read([n + labels]) for way, _ in ways(picked) for n in way)
         return told * asked / max(1, len(picked))
 
     if ready.request.proof_rows != "auto":
         return load + seconds(min(count, int(ready.request.proof_rows)), generate.BATCH_SIZE)
-    ways = 3 if ready.request.proof_examples else 2
-    alone = ways * LATENCY_ROWS * pace.answer([prompts[0]], [most])
+    alone = LATENCY_ROWS * sum(pace.answer(*way) for way in ways([0]))
     least = seconds(min(FIRST, count), FIRST) + alone
     whole = seconds(min(MOST_ROWS, count), generate.BATCH_SIZE) + alone
     return max(load + least, min(train_seconds * PROOF_SHARE, load + whole))
@@ -183,7 +185,9 @@ def _asking(ready: Ready, pace: Pace, items: Sequence[probe.Item]) -> float:
     sizes = [Size.of(*work.all) for _, work in planned]
     seconds = sum(pace.known.seconds(pace.forward.of(size), "forward") for size in sizes)
     for room, tasks in forget.tasks_of(ready.renderer, items, generate.context_of(ready.model)).items():
-        seconds += pace.answer([len(prompt) for _, prompt in tasks], [room] * len(tasks))
+        # An answer may end at once or fill its room; some row of a batch comes close to that.
+        answers = [room if n % generate.BATCH_SIZE == 0 else room // 2 for n in range(len(tasks))]
+        seconds += pace.answer([len(prompt) for _, prompt in tasks], answers)
     return seconds
 
 
