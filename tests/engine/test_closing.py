@@ -91,7 +91,7 @@ def test_a_proof_keeps_to_a_third_of_the_training(tmp_path: Path, tiny: Path) ->
     told: list[float] = []
 
     def seen(ready: Any, known: Any, forward: Any, train_seconds: float, published: int, heed: Any) -> closing.Closing:
-        told.extend(made(ready, known, forward, seconds, published, heed).prove_seconds for seconds in (0.0, 2.1e3, 1e6))
+        told.extend(made(ready, known, forward, seconds, published, heed).prove_seconds for seconds in (0, 2.1e3, 1e6))
         return made(ready, known, forward, train_seconds, published, heed)
 
     made = closing.foretell
