@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def test_time_bounds_the_rows_and_that_is_said(
     def slow(self: answers.Asker, model: Any, prompts: Any) -> Any:
         nonlocal clock
         clock += len(prompts)
-        return real(self, model, prompts)
+        return [replace(answer, seconds=1.0) for answer in real(self, model, prompts)]
 
     monkeypatch.setattr(answers.Asker, "_write", slow)
     monkeypatch.setattr(prove.time, "monotonic", lambda: clock)
@@ -204,6 +205,15 @@ def test_time_bounds_the_rows_and_that_is_said(
     assert proof.chosen == "27 of 60 held-out rows, drawn by the seed 1: as many as half a minute allows."
     again = prove.prove(loaded, asker, questions, prove.Plan(rows=27, seed=1), base=None, tell=lambda _: None)
     assert [row.row for row in again.rows] == [row.row for row in proof.rows]
+
+    def remembering(**more: Any) -> Any:
+        plan = prove.Plan(seed=1, memory=tmp_path / "answers", **more)
+        return prove.prove(loaded, asker, questions, plan, base=None, tell=lambda _: None)
+
+    remembering(rows=prove.FIRST)
+    clock = 0.0
+    assert len(remembering(seconds=30, why_seconds="half a minute").rows) == prove.FIRST + 30 - prove.LATENCY_ROWS
+    assert clock == 30, "what the remembered rows did not take says nothing about the next"
 
 
 def test_texts_are_proven_by_their_loss(tmp_path: Path, tiny: Path) -> None:

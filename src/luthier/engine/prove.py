@@ -144,7 +144,7 @@ class _Prover:
         """Ask until all rows are answered or the time is up."""
         seconds = self.plan.seconds
         self._more(self.limit if seconds is None else min(self.limit, FIRST))
-        pace = (time.monotonic() - begun) / max(1, len(self.rows))
+        pace = self._pace(begun, 0)
         for way in self.ways:
             with way.open() as model:
                 way.latency = self.asker.latency(model, [asked.prompt for asked in way.asked[:LATENCY_ROWS]])
@@ -154,7 +154,13 @@ class _Prover:
                 break
             started, before = time.monotonic(), len(self.rows)
             self._more(min(room, (GROWTH - 1) * before, self.limit - before))
-            pace = (time.monotonic() - started) / (len(self.rows) - before)
+            pace = self._pace(started, before)
+
+    def _pace(self, started: float, before: int) -> float:
+        """Seconds a row since `started`, when there were `before` rows. Answers that were remembered count with what
+        they took once: those of the next rows may not be."""
+        spared = sum(answer.seconds for way in self.ways for answer in way.answers[before:] if answer.cached)
+        return max(1e-6, time.monotonic() - started + spared) / max(1, len(self.rows) - before)
 
     def _more(self, count: int) -> None:
         """The next `count` rows, answered every way."""
