@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import secrets
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -119,7 +119,8 @@ def _asked(folder: Folder, given: dict[str, Any], own: dict[str, Any]) -> Asked:
 
 
 def _own_options() -> list[inspect.Parameter]:
-    panel = "This command"
+    from luthier.cli.train import parameters
+
     kinds: dict[str, tuple[Any, Any, Any]] = {
         "out": (
             str | None,
@@ -149,12 +150,7 @@ def _own_options() -> list[inspect.Parameter]:
         ),
         "as_json": (bool, False, typer.Option("--json", help="Print what came of it as one JSON object.")),
     }
-    made = []
-    for name, (kind, default, option) in kinds.items():
-        option.rich_help_panel = panel
-        annotation: Any = Annotated[kind, option]
-        made.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
-    return made
+    return parameters(kinds)
 
 
 def _sign() -> None:

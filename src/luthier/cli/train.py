@@ -123,41 +123,39 @@ def _type_words(kind: Any) -> Iterator[str]:
 
 def _own_options() -> list[inspect.Parameter]:
     """Options that are about this command, not about the training."""
-    panel = "This command"
     kinds: dict[str, tuple[Any, Any, Any]] = {
         "out": (
             str | None,
             None,
-            typer.Option(
-                "--out", metavar="DIR", help="Run folder. Default: runs/MODEL-DATE-TIME.", rich_help_panel=panel
-            ),
+            typer.Option("--out", metavar="DIR", help="Run folder. Default: runs/MODEL-DATE-TIME."),
         ),
         "resume": (
             str | None,
             None,
-            typer.Option(
-                "--resume", metavar="DIR", help="Go on with this run from its last checkpoint.", rich_help_panel=panel
-            ),
+            typer.Option("--resume", metavar="DIR", help="Go on with this run from its last checkpoint."),
         ),
         "processes": (
             int,
             1,
-            typer.Option(
-                "--processes", metavar="N", min=1, help="Processes that share each step.", rich_help_panel=panel
-            ),
+            typer.Option("--processes", metavar="N", min=1, help="Processes that share each step."),
         ),
         "as_json": (
             bool,
             False,
-            typer.Option(
-                "--json", help="Print each event as a JSON line, and the outcome as the last.", rich_help_panel=panel
-            ),
+            typer.Option("--json", help="Print each event as a JSON line, and the outcome as the last."),
         ),
     }
-    return [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
-        for name, (kind, default, option) in kinds.items()
-    ]
+    return parameters(kinds)
+
+
+def parameters(kinds: dict[str, tuple[Any, Any, Any]]) -> list[inspect.Parameter]:
+    """Options that are about a command: name -> (type, default, typer's option)."""
+    made = []
+    for name, (kind, default, option) in kinds.items():
+        option.rich_help_panel = "This command"
+        annotation: Any = Annotated[kind, option]
+        made.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    return made
 
 
 def request_options() -> list[inspect.Parameter]:

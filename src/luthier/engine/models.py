@@ -59,8 +59,12 @@ def quicker() -> Precision:
     usual = default_precision()
     if usual == "float32" or torch.cuda.is_available():
         return usual
-    gain = machine.product_rate(torch.float32) / machine.product_rate(torch.bfloat16)
-    return usual if gain < FASTER else "float32"
+    return usual if _gain() < FASTER else "float32"
+
+
+def _gain() -> float:
+    """How many times as fast as bfloat16 this machine multiplies float32."""
+    return machine.product_rate(torch.float32) / machine.product_rate(torch.bfloat16)
 
 
 def training_precision(folder: Path) -> tuple[Precision, str]:
@@ -71,8 +75,7 @@ def training_precision(folder: Path) -> tuple[Precision, str]:
     room = machine.memory_room()
     if best == usual or (room is not None and 2 * stored > room / 4):
         return usual, ""
-    gain = machine.product_rate(torch.float32) / machine.product_rate(torch.bfloat16)
-    return best, f"This processor multiplies float32 {gain:.1f} times as fast as bfloat16, so float32 it is."
+    return best, f"This processor multiplies float32 {_gain():.1f} times as fast as bfloat16, so float32 it is."
 
 
 def load_base(folder: Path, precision: Precision) -> PreTrainedModel:
