@@ -1,11 +1,19 @@
-"""Memory does not grow with the steps, although torch keeps a kernel for every shape and each step brings new ones."""
+"""Memory does not grow with the steps, although torch keeps a kernel for every shape and each step brings new ones, and
+though the C library keeps what was freed in pieces that later ones do not fit."""
 
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+from luthier.engine import machine, train
+from tests.engine import runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,3 +40,39 @@ def test_new_shapes_do_not_pile_up() -> None:
     )
     early, late = json.loads(done.stdout)
     assert late - early < 150_000_000, f"grew by {(late - early) / 1e6:.0f} MB"
+
+
+# Pieces of 64 kB, every second of them freed: the heap keeps the holes, as its end is in use.
+HOLES = """
+import json
+from luthier.engine import machine
+pieces = [bytes([number % 250 + 1]) * 65_536 for number in range(3_000)]
+pieces[::2] = [None] * len(pieces[::2])
+kept = machine.memory_now()
+machine.trim()
+print(json.dumps([kept, machine.memory_now()]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_freed_pieces_go_back_to_the_system() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HOLES], capture_output=True, text=True, timeout=250, check=True, cwd=ROOT / "src"
+    )
+    kept, left = json.loads(done.stdout)
+    assert kept - left > 50_000_000, f"{(kept - left) / 1e6:.0f} MB of about 98 went back"
+
+
+@pytest.mark.parametrize(("full", "wanted"), [(0.0, True), (1e9, False)])
+def test_a_process_that_holds_too_much_is_trimmed(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, full: float, wanted: bool
+) -> None:
+    """After each piece of a step, and what is learnt is the same."""
+    data = runs.write(tmp_path / "data.jsonl", runs.chats(12))
+    usual = runs.train(tmp_path / "usual", tiny, data, epochs=1)
+    seen: list[int] = []
+    monkeypatch.setattr(machine, "trim", lambda: seen.append(1))
+    monkeypatch.setattr(train, "FULL", full)
+    run = runs.train(tmp_path / "run", tiny, data, epochs=1)
+    assert len(seen) == (runs.events(run, "forecast")[0]["micro_batches"] if wanted else 0)
+    assert all(torch.equal(value, runs.weights(usual)[name]) for name, value in runs.weights(run).items())

@@ -21,9 +21,8 @@ import torch
 import torch.distributed as dist
 
 from luthier import __version__
-from luthier.engine import agreement, checkpoint, forecast, keep, meter, metrics_file, publish, rung, stream
+from luthier.engine import agreement, checkpoint, forecast, keep, machine, meter, metrics_file, publish, rung, stream
 from luthier.engine.ending import HeldOut, end
-from luthier.engine.machine import peak_memory
 from luthier.engine.rung import Part
 from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals, works_of
 from luthier.engine.step import Sums, Tally
@@ -32,6 +31,9 @@ from luthier.spec.forecast import Forecast
 from luthier.spec.job import learning_rate_at
 from luthier.spec.report import Report, Score
 from luthier.spec.run import RunFolder
+
+# Work that leaves the process with so much of the foretold peak is followed by `machine.trim` (docs/experiments.md).
+FULL = 0.9
 
 
 class Stopped(Exception):
@@ -111,7 +113,7 @@ class Loop:
 
     def go(self, start: int, part: Part | None = None) -> None:
         """Take the steps after `start`: all, or a part of them, with the schedule of all either way."""
-        self.step = start
+        self.step, self.told = start, forecast.told(self.run)
         if part is not None:
             self.until = part.steps(self.settings.steps)
         if start == 0:
@@ -151,6 +153,8 @@ class Loop:
                 ready.model, work, normaliser, self.request.label_smoothing, tally, ready.masters.collect
             )
             tokens += work.tokens
+            if self.told and machine.memory_now() > FULL * self.told.peak_memory_bytes:
+                machine.trim()
         ready.masters.reduce()
         loss, tokens, *counts = _add_up(loss, tokens, tally.tokens, tally.right, tally.rows, tally.whole)
         tally = Tally(*counts)
@@ -299,14 +303,13 @@ class Loop:
             "step",
             **measured,
             steps=self.settings.steps,
-            memory_bytes=peak_memory(),
+            memory_bytes=machine.peak_memory(),
             eta_seconds=round(self._left(progress["seconds"] / self.step * left, left), 1),
         )
         metrics_file.add(self.run, measured, validation or {})
 
     def _left(self, training: float, steps: int) -> float:
         """Seconds until the run is over: the steps that are left at the pace so far, the rest as it was foretold."""
-        self.told = self.told or forecast.told(self.run)
         return self.told.left(training, steps) if self.told else training
 
     def restore(self, step: int, progress: dict[str, Any]) -> None:
@@ -396,7 +399,7 @@ class Loop:
             validation_loss_best=progress["best_loss"],
             best_step=progress["best_step"],
             seconds=round(self._elapsed(), 2),
-            peak_memory_bytes=peak_memory(),
+            peak_memory_bytes=machine.peak_memory(),
             weights_changed=weights_changed,
             forecast=forecast.told(self.run),
         )
