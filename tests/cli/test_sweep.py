@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shlex
@@ -151,6 +152,9 @@ def test_the_page_shows_every_trial_and_the_command(done: tuple[Path, dict[str, 
     page = (done[0] / "report.html").read_text()
     assert page.count("<polyline") == 3 and "<script" not in page and 'class="won"' in page
     assert "--learning-rate-multiplier" in page and "loss became" in page
+    shown = html.unescape(page.rpartition("<pre>")[2].partition("</pre>")[0])
+    assert all(line.count(" --") <= 1 for line in shown.splitlines())
+    assert shlex.split(shown.replace("\\\n", "")) == shlex.split(done[1]["command"])
 
 
 def test_the_same_command_again_runs_nothing(

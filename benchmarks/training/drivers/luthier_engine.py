@@ -43,6 +43,7 @@ def train(job: jobs.Job) -> jobs.Record:
         "warmup": 0.0,
         "seed": 0,
         "checkpoint_every": 1_000_000,
+        "precision": job.precision,
     }
     request = make_request(options)
     run = RunFolder(Path(job.out) / "run").create(request.model_dump(exclude_unset=True))

@@ -5,6 +5,7 @@ Does not know: how trials were carried out; what the page looks like (sweep.html
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from importlib.resources import files
@@ -27,8 +28,19 @@ def page(result: Result, curves: Mapping[int, Sequence[Point]]) -> str:
     return environment.from_string(source).render(
         result=result,
         plot=_plot(result, curves),
+        command=_in_lines(result.command or ""),
         rungs={trial.number: _cells(result, trial) for trial in result.trials},
     )
+
+
+def _in_lines(command: str) -> str:
+    """The same shell command with a line for each option, so that no browser breaks one of them at a hyphen."""
+    lines: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n  ".join(shlex.join(words) for words in lines)
 
 
 def _cells(result: Result, trial: Trial) -> list[str]:
