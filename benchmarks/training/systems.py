@@ -81,8 +81,8 @@ SYSTEMS: dict[str, System] = {
             "llamafactory_sft",
             "tuned",
             "llamafactory",
-            f"{QUICKER} (its `pure_bf16` is refused without a GPU), no checkpointing, SDPA, rows of a step sorted by "
-            "length",
+            f"{QUICKER} (float32 by a config.json that names it; its `pure_bf16` is refused without a GPU), no "
+            "checkpointing, SDPA, rows of a step sorted by length",
             True,
         ),
         System(

@@ -1,14 +1,15 @@
 """LLaMA-Factory's own `run_exp` with rows that were tokenised beforehand.
 
 Default: its LoRA example (bfloat16 weights under float32 adapters, checkpointing on). Tuned: no checkpointing,
-float32 throughout where the job says so, the batch of a sweep; its `pure_bf16` is refused without a GPU. It starts from
-the common adapter as from one of its own.
+float32 throughout where the job says so (without its bf16 flag alone, weights stay in bfloat16), the batch of a sweep;
+its `pure_bf16` is refused without a GPU. It starts from the common adapter as from one of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.machinery
+import json
 import sys
 import types
 from pathlib import Path
@@ -47,7 +48,7 @@ def main() -> None:
         "stage": "sft",
         "do_train": True,
         "finetuning_type": "full" if job.full else "lora",
-        "model_name_or_path": job.model,
+        "model_name_or_path": _model(job),
         "template": "default",
         "dataset": "given",
         "tokenized_path": str(tokenized),
@@ -58,6 +59,22 @@ def main() -> None:
     with contextlib.suppress(callback.Spent):
         run_exp(arguments, callbacks=[callback.Clock(job, record)])
     record.finish()
+
+
+def _model(job: jobs.Job) -> str:
+    """The model's folder. LLaMA-Factory loads weights in the dtype that config.json names and has no setting for it, so
+    float32 is asked for by a folder that names it, as a user would have to."""
+    if not (job.tuned and job.precision == "float32"):
+        return job.model
+    folder = Path(job.out) / "model"
+    folder.mkdir()
+    for path in Path(job.model).iterdir():
+        if path.name != "config.json":
+            (folder / path.name).symlink_to(path)
+    config = json.loads((Path(job.model) / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}), encoding="utf-8")
+    return str(folder)
 
 
 if __name__ == "__main__":
