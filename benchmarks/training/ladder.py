@@ -89,11 +89,16 @@ def _head(stack: ExitStack) -> None:
         stack.enter_context(mock.patch.object(forest, name, partial(everywhere, getattr(forest, name))))
 
 
-def _bfloat16(stack: ExitStack) -> None:
-    """Weights and activations in float32."""
-    from luthier.engine import models
+def _precision(stack: ExitStack) -> None:
+    """Weights and activations in the other one of bfloat16 and float32, which the processor multiplies slower."""
+    from luthier.engine import setup
 
-    stack.enter_context(mock.patch.object(models, "training_precision", return_value=("float32", "")))
+    asked = setup._precision
+
+    def other(*given: Any) -> str:
+        return "bfloat16" if asked(*given) == "float32" else "float32"
+
+    stack.enter_context(mock.patch.object(setup, "_precision", other))
 
 
 RUNGS = {
@@ -102,8 +107,13 @@ RUNGS = {
     "blocks": _blocks,
     "fused": _fused,
     "head": _head,
-    "bfloat16": _bfloat16,
+    "precision": _precision,
 }
+
+
+def instead(name: str) -> str:
+    """What stands in the place of a part that is turned off, in words."""
+    return " ".join((RUNGS[name].__doc__ or "").split()).rstrip(".") if name in RUNGS else ""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from benchmarks.training import environments, figures, gate, goals, ratios
+from benchmarks.training import environments, figures, gate, goals, ladder, ratios
 from benchmarks.training.figures import Found
 from benchmarks.training.runs import ROOT, Place
 from benchmarks.training.systems import HERE, SYSTEMS
@@ -197,10 +197,11 @@ def _ladder(lines: list[Found]) -> list[str]:
         return []
     return [
         "What each part gives: the engine without it, the rest as it is.\n",
-        "| without | takes | peak GB |",
-        "|---|---|---|",
+        "| turned off | instead | takes | peak GB |",
+        "|---|---|---|---|",
         *(
-            f"| {line['without']} | {ratios.Ratio(**line['ratio'])} | {line['peak_bytes'] / 1e9:.1f} |"
+            f"| {line['without']} | {ladder.instead(line['without'])} | {ratios.Ratio(**line['ratio'])} | "
+            f"{line['peak_bytes'] / 1e9:.1f} |"
             for line in lines
         ),
         "",

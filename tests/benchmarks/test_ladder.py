@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,8 @@ def wanted(place: Path, tiny: Path) -> list[float]:
 def test_every_rung_trains_alike(place: Path, tiny: Path, wanted: list[float], rung: str | None) -> None:
     record = luthier_engine.train(job(place, tiny, f"without-{rung}", "tuned", [rung] if rung else []))
     assert record.losses == pytest.approx(wanted, rel=5e-3)
+    settings = json.loads((place / f"without-{rung}" / "run" / "spec.json").read_text())["settings"]
+    assert settings["precision"] == ("float32" if rung == "precision" else "bfloat16")
     assert record.notes["physical_tokens"] == (4 * 37 if rung in ("sharing", "packing") else 30 + 4 * 7)
 
 
