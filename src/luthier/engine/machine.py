@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 SAMPLE = 8_000_000  # bytes written to time the disk
+ROWS = 128  # of the products that are timed
 USUAL = 5e-9  # seconds a byte: 200 MB/s
 
 _peak = 0  # of before the last `forget_peak`
@@ -96,24 +97,30 @@ def memory_room() -> int | None:
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a product as a step has many of (512 rows, 1,536 x 576), with the threads
-    that torch has now; bfloat16 or float32. On the CPU."""
+    """Floating-point operations a second of one thread in a product as a step has many of (ROWS rows, 1,536 x 576), in
+    bfloat16 or float32. On the CPU."""
     return _product_rates()[dtype]
 
 
 @functools.cache
 def _product_rates() -> dict[torch.dtype, float]:
-    """The best of many, the dtypes in turn, so that a burst of other work does not fall on one of them alone."""
+    """The best of many, the dtypes in turn: short enough to end before another process gets the core, and by one
+    thread, as two would wait for each other there and make everything equally slow."""
     kinds = (torch.bfloat16, torch.float32)
-    made = {kind: (torch.ones(512, 576, dtype=kind), torch.ones(1536, 576, dtype=kind)) for kind in kinds}
+    made = {kind: (torch.ones(ROWS, 576, dtype=kind), torch.ones(1536, 576, dtype=kind)) for kind in kinds}
     best = dict.fromkeys(kinds, math.inf)
-    with torch.inference_mode():
-        for _ in range(40):
-            for kind, (rows, weight) in made.items():
-                begun = time.perf_counter()
-                torch.nn.functional.linear(rows, weight)
-                best[kind] = min(best[kind], time.perf_counter() - begun)
-    return {kind: 2 * 512 * 576 * 1536 / seconds for kind, seconds in best.items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            for _ in range(60):
+                for kind, (rows, weight) in made.items():
+                    begun = time.perf_counter()
+                    torch.nn.functional.linear(rows, weight)
+                    best[kind] = min(best[kind], time.perf_counter() - begun)
+    finally:
+        torch.set_num_threads(threads)
+    return {kind: 2 * ROWS * 576 * 1536 / seconds for kind, seconds in best.items()}
 
 
 def description() -> list[str]:
