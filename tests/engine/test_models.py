@@ -72,8 +72,10 @@ def test_float32_where_it_is_quicker_and_fits(
     assert bool(why) == (wanted == "float32")
 
 
-def test_a_product_is_timed_once() -> None:
+def test_a_product_is_timed_once_and_threads_are_as_before() -> None:
+    threads = torch.get_num_threads()
     assert machine.product_rate(torch.float32) == machine.product_rate(torch.float32) > 0
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2", "gpt_neox"])
