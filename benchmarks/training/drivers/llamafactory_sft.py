@@ -1,8 +1,8 @@
 """LLaMA-Factory's own `run_exp` with rows that were tokenised beforehand.
 
 Default: its LoRA example (bfloat16 weights under float32 adapters, checkpointing on). Tuned: no checkpointing,
-float32 throughout where the job says so (without its bf16 flag alone, weights stay in bfloat16), the batch of a sweep;
-its `pure_bf16` is refused without a GPU. It starts from the common adapter as from one of its own.
+float32 throughout where the job says so (to leave its bf16 flag out is not enough for that), the batch of a sweep; its
+`pure_bf16` is refused without a GPU. It starts from the common adapter as from one of its own.
 """
 
 from __future__ import annotations

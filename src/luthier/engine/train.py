@@ -32,8 +32,9 @@ from luthier.spec.job import learning_rate_at
 from luthier.spec.report import Report, Score
 from luthier.spec.run import RunFolder
 
-# Work that leaves the process with so much of the foretold peak is followed by `machine.trim` (docs/experiments.md).
-FULL = 0.9
+# Work that leaves so much of the memory foretold beside the model itself is followed by `machine.trim`. A share of all
+# would be passed by a large model at rest. Measured: docs/experiments.md.
+FULL = 0.8
 
 
 class Stopped(Exception):
@@ -103,6 +104,7 @@ class Loop:
         self.settings, self.request = ready.settings, ready.request
         self.step, self.until = 0, ready.settings.steps  # `until`: where this attempt ends
         self.told: Forecast | None = None
+        self.room = math.inf  # bytes that the process may hold before it is trimmed
         self.progress: dict[str, Any] = {
             "best_loss": None, "best_step": None, "base": None, "last": None, "last_step": None,
             "first_loss": None, "last_loss": None, "tokens": 0, "supervised": 0, "physical": 0,
@@ -114,6 +116,10 @@ class Loop:
     def go(self, start: int, part: Part | None = None) -> None:
         """Take the steps after `start`: all, or a part of them, with the schedule of all either way."""
         self.step, self.told = start, forecast.told(self.run)
+        if self.told:
+            machine.trim()
+            resting = machine.memory_now()
+            self.room = resting + FULL * (self.told.peak_memory_bytes - resting)
         if part is not None:
             self.until = part.steps(self.settings.steps)
         if start == 0:
@@ -153,7 +159,7 @@ class Loop:
                 ready.model, work, normaliser, self.request.label_smoothing, tally, ready.masters.collect
             )
             tokens += work.tokens
-            if self.told and machine.memory_now() > FULL * self.told.peak_memory_bytes:
+            if machine.memory_now() > self.room:
                 machine.trim()
         ready.masters.reduce()
         loss, tokens, *counts = _add_up(loss, tokens, tally.tokens, tally.right, tally.rows, tally.whole)
