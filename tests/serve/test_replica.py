@@ -242,6 +242,31 @@ def test_a_retrained_adapter_at_the_same_place_is_a_new_one(tiny: Path, adapters
     assert second.last and second.last.cached == 0
 
 
+def test_reading_an_adapter_leaves_the_computing_thread_alone(
+    tiny: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread reads them: torch's default dtype, which is every thread's, must not change meanwhile."""
+    bench = Bench(tiny, precision="bfloat16")
+    changed: list[torch.dtype] = []
+    monkeypatch.setattr(torch, "set_default_dtype", changed.append)
+    for folder in adapters:
+        bench.adapter(folder)
+    assert len(bench.shelf) == len(adapters)
+    assert not changed
+
+
+def test_what_the_default_dtype_is_changes_no_answer(tiny: Path, adapters: list[Path]) -> None:
+    bench, other = (Bench(tiny, precision="bfloat16") for _ in range(2))
+    wanted = bench.run(mixed(adapters))
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        given = other.run(mixed(adapters))
+    finally:
+        torch.set_default_dtype(usual)
+    assert {name: answer.ids for name, answer in given.items()} == {name: answer.ids for name, answer in wanted.items()}
+
+
 def test_deleting_an_adapter_lets_its_answers_end(tiny: Path, adapters: list[Path], tmp_path: Path) -> None:
     place = copy(adapters[0], tmp_path / "named")
     bench = Bench(tiny)

@@ -7,6 +7,7 @@ Does not know: attention, sequences, where adapters come from.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -130,7 +131,8 @@ def _pair(active: Sequence[Adapter], parts: Sequence[Part], dtype: torch.dtype) 
     if not ranks:
         return None
     inner = next(change.a.shape[1] for own in changes for _, change in own)
-    pair = Pair(torch.zeros(len(active), inner, ranks), torch.zeros(len(active), ranks, parts[-1].end), None)
+    a = torch.zeros(len(active), inner, ranks, dtype=torch.float32)
+    pair = Pair(a, torch.zeros(len(active), ranks, parts[-1].end, dtype=torch.float32), None)
     for place, own in enumerate(changes):
         at = 0
         for part, change in own:
@@ -156,8 +158,11 @@ class Shelf:
         known: set[str],
         limit: int,
     ) -> None:
-        """`known`: names of the linear modules that a batch can change; `weight_of` gives the weight of one."""
-        self._model, self._weight_of, self._base_hash = model, weight_of, base_hash
+        """`known`: names of the linear modules that a batch can change; `weight_of` gives the weight of one.
+
+        To be made before anything computes: transformers sets torch's default dtype for all threads while it builds.
+        """
+        self._skeleton, self._weight_of, self._base_hash = skeleton(model), weight_of, base_hash
         self._known, self.limit = known, limit
         self._kept: OrderedDict[tuple[object, ...], Adapter] = OrderedDict()
 
@@ -200,7 +205,7 @@ class Shelf:
                     f"The adapter {folder.name} is damaged: its {name} is not the one that was published.",
                     param="model",
                 )
-        made, state = adapters.fitted(skeleton(self._model), folder)
+        made, state = adapters.fitted(copy.deepcopy(self._skeleton), folder)
         return Adapter(whole.hexdigest(), self._changes(made, state, folder))
 
     def _changes(self, made: nn.Module, state: Mapping[str, Tensor], folder: Path) -> dict[str, Change]:
