@@ -37,16 +37,18 @@ def norm(rows: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
     inverse = torch.empty((*rows.shape[:-1], 1), dtype=torch.float32, device=rows.device)
     for part in slices(rows):
         values = rows[part].float()
-        torch.mean(values * values, dim=-1, keepdim=True, out=inverse[part])
-        inverse[part].add_(epsilon).rsqrt_()
-        out[part] = (values * inverse[part]).mul_(weight)
+        torch.linalg.vector_norm(values, dim=-1, keepdim=True, out=inverse[part])
+        inverse[part].square_().div_(rows.shape[-1]).add_(epsilon).rsqrt_()
+        made = _wide(out[part])
+        _into(out[part], torch.mul(values, inverse[part], out=made).mul_(weight))
     return inverse
 
 
 def norm_again(rows: Tensor, weight: Tensor, inverse: Tensor, out: Tensor) -> None:
     """`norm` once more, its inverse root mean squares being known."""
     for part in slices(rows):
-        out[part] = (rows[part] * inverse[part]).mul_(weight)
+        made = _wide(out[part])
+        _into(out[part], torch.mul(rows[part], inverse[part], out=made).mul_(weight))
 
 
 def norm_backward(
@@ -63,13 +65,28 @@ def norm_backward(
     `weight_grad` [H] float32, if given, is added to.
     """
     for part in slices(rows):
-        normal = rows[part] * inverse[part]
+        values = rows[part].float()
         inner = grad[part] * weight
+        share = (inner * values).sum(dim=-1, keepdim=True).mul_(inverse[part] ** 3).div_(-rows.shape[-1])
         if weight_grad is not None:
-            weight_grad += (grad[part] * normal).flatten(0, -2).sum(0)
-        share = (inner * normal).mean(dim=-1, keepdim=True)
-        inner.addcmul_(normal, share, value=-1).mul_(inverse[part])
-        out[part] = inner if plus is None else inner.add_(plus[part])
+            weight_grad += (grad[part] * values).mul_(inverse[part]).flatten(0, -2).sum(0)
+        made = _wide(out[part])
+        if plus is None:
+            torch.mul(values, share, out=made)
+        else:
+            torch.addcmul(plus[part].float(), values, share, out=made)
+        _into(out[part], made.addcmul_(inner, inverse[part]))
+
+
+def _wide(place: Tensor) -> Tensor:
+    """Where float32 values that belong in `place` are made: there, if it is float32."""
+    return place if place.dtype == torch.float32 else torch.empty_like(place, dtype=torch.float32)
+
+
+def _into(place: Tensor, made: Tensor) -> None:
+    """Rounded once, if they were made elsewhere."""
+    if made.dtype != place.dtype:
+        place.copy_(made)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
