@@ -47,7 +47,8 @@ class Lines:
     def begin(self, result: Result, trial: Trial, share: Fraction | None) -> None:
         del result
         self.words = f"Trial {trial.number} ({trial.words})"
-        self.say(f"{self.words}: {'to its end' if share is None else f'to {share} of its steps'}")
+        steps = "all its steps" if share == 1 else f"to {share} of its steps"
+        self.say(f"{self.words}: {'to its end' if share is None else steps}")
 
     def see(self, event: dict[str, Any]) -> None:
         if event["type"] == "rung":

@@ -75,7 +75,7 @@ def training_precision(folder: Path) -> tuple[Precision, str]:
     room = machine.memory_room()
     if best == usual or (room is not None and 2 * stored > room / 4):
         return usual, ""
-    return best, f"This processor multiplies float32 {_gain():.1f} times as fast as bfloat16, so float32 it is."
+    return best, f"This processor multiplies float32 {_gain():.1f} times as fast as bfloat16, so float32 it is"
 
 
 def load_base(folder: Path, precision: Precision) -> PreTrainedModel:
