@@ -45,10 +45,16 @@ def test_auto_batch_size(rows: int, size: int) -> None:
 
 def test_auto_learning_rate() -> None:
     """The published fit, two digits: 5e-5 x (2000 / width) ^ 0.78, ten times that with an adapter."""
-    assert auto_learning_rate(2000, adapter=True) == 5e-4
-    assert auto_learning_rate(2000, adapter=False) == 5e-5
-    assert auto_learning_rate(576, adapter=True) == 1.3e-3
-    assert auto_learning_rate(4096, adapter=True) == 2.9e-4
+    assert auto_learning_rate(2000, adapter=True, learnt=128) == 5e-4
+    assert auto_learning_rate(2000, adapter=False, learnt=128) == 5e-5
+    assert auto_learning_rate(576, adapter=True, learnt=5000) == 1.3e-3
+    assert auto_learning_rate(4096, adapter=True, learnt=5000) == 2.9e-4
+
+
+def test_where_a_step_learns_few_tokens_the_rate_follows_their_square_root() -> None:
+    assert auto_learning_rate(2000, adapter=True, learnt=32) == 2.5e-4
+    assert auto_learning_rate(576, adapter=True, learnt=8) == 3.3e-4
+    assert auto_learning_rate(2000, adapter=True, learnt=0) == auto_learning_rate(2000, adapter=True, learnt=1) > 0
 
 
 @given(st.integers(1, 10**7))

@@ -371,7 +371,7 @@ def settle(
         steps = min(steps, request.max_steps)
     rate = request.learning_rate
     if rate == "auto":
-        rate = auto_learning_rate(hidden_size, request.uses_adapter)
+        rate = auto_learning_rate(hidden_size, request.uses_adapter, train.supervised * batch_size / rows)
     return Settings(
         epochs=epochs,
         batch_size=batch_size,

@@ -22,6 +22,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
 AUTO_TEMPLATE = "auto"  # of `template`: the model's own, or another where the own one cannot say the data's tools
 AUTO_SHARE, MOST_HELD_OUT = 0.1, 500  # of `validation: auto`
+QUIET = 128  # learnt tokens of a step from which on its gradient is no longer mostly noise (docs/experiments.md)
 METHODS = ("lora", "rslora", "dora", "pissa", "full", "freeze:N")
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -287,14 +288,16 @@ def auto_batch_size(rows: int) -> int:
     return int(2 ** min(5, max(2, round(math.log2(rows / 80)))))
 
 
-def auto_learning_rate(hidden_size: int, adapter: bool) -> float:
-    """5e-5 x (10 with an adapter) x (2000 / hidden size) ^ 0.78, two significant digits.
+def auto_learning_rate(hidden_size: int, adapter: bool, learnt: float) -> float:
+    """5e-5 x (10 with an adapter) x (2000 / hidden size) ^ 0.78 x min(1, sqrt(learnt / QUIET)), two significant digits;
+    `learnt`: tokens that a step learns on average.
 
-    Source: Schulman et al., "LoRA Without Regret" (Thinking Machines, 2025), its fit for Llama-like models; the
-    factor 10 between adapter and full tuning is theirs too.
+    Sources: Schulman et al., "LoRA Without Regret" (Thinking Machines, 2025), its fit for Llama-like models and the
+    factor 10 between adapter and full tuning; Malladi et al., "On the SDEs and Scaling Rules for Adaptive Gradient
+    Algorithms" (2022): where a step's gradient is mostly noise, the rate follows the square root of what it averages.
     """
     rate = 5e-5 * (10 if adapter else 1) * (2000 / hidden_size) ** 0.78
-    return float(f"{rate:.1e}")
+    return float(f"{rate * min(1.0, math.sqrt(max(1.0, learnt) / QUIET)):.1e}")
 
 
 def auto_max_length(context: int) -> int:
