@@ -70,7 +70,8 @@ def test_what_is_asked_of_a_proof_reaches_the_worker(client: TestClient, service
 
 
 def test_a_job_carries_thresholds(client: TestClient, services: Services) -> None:
-    asked = {"max_forgetting": 0.05, "forgetting": 200}
+    held_out = driving.training_file(services)
+    asked = {"max_forgetting": 0.05, "forgetting": 200, "keep_general": True, "validation_file": held_out}
     job = client.post(JOBS, json=driving.body(services, **asked)).json()
     known = services.jobs.get(job["id"]).request
     assert {name: known[name] for name in asked} == asked
@@ -79,6 +80,9 @@ def test_a_job_carries_thresholds(client: TestClient, services: Services) -> Non
         ({"max_forgetting": 0.1, "forgetting": "off"}, "max_forgetting"),
         ({"max_forgetting": 2}, "max_forgetting"),
         ({"must_improve": "much"}, "must_improve"),
+        ({"keep_general": True}, "keep_general"),
+        ({"keep_general": True, "validation_file": held_out, "proof_rows": 0}, "keep_general"),
+        ({"keep_general": True, "validation_file": held_out, "forgetting": "off"}, "keep_general"),
         ({"forgetting": 0}, "forgetting"),
         ({"forgetting": "some"}, "forgetting"),
     ):
@@ -117,6 +121,7 @@ def test_what_is_asked_comes_back_and_reaches_the_worker(client: TestClient, ser
         "metric": None,
         "proof_rows": None,
         "forgetting": None,
+        "keep_general": None,
         "must_improve": None,
         "max_forgetting": None,
         "integrations": [{"type": "wandb", "wandb": {"project": "p", "name": None, "entity": None, "tags": ["x"]}}],

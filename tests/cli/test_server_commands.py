@@ -204,7 +204,7 @@ def test_create_with_every_option(services: Services, data: Path, capsys: pytest
         "jobs", "create", "--model", "tiny", "-t", data, "-v", known, "--suffix", "mine", "--seed", "5",
         "--epochs", "2", "--batch-size", "4", "--learning-rate-multiplier", "0.5", "--metadata", "a=b=c",
         "--replay", "0.25", "--metric", "exact_match", "--proof-rows", "3", "--forgetting", "70",
-        "--must-improve", "0.05", "--max-forgetting", "0.1",
+        "--must-improve", "0.05", "--max-forgetting", "0.1", "--keep-general",
     ) == 0  # fmt: skip
     told = capsys.readouterr()
     job = services.jobs.get(told.out.strip())
@@ -214,12 +214,16 @@ def test_create_with_every_option(services: Services, data: Path, capsys: pytest
     assert (job.request["suffix"], job.request["seed"], job.request["metadata"]) == ("mine", 5, {"a": "b=c"})
     numbers = job.request["hyperparameters"]
     assert (numbers["n_epochs"], numbers["batch_size"], numbers["learning_rate_multiplier"]) == (2, 4, 0.5)
-    wanted = {"metric": "exact_match", "proof_rows": 3, "forgetting": 70, "must_improve": 0.05, "max_forgetting": 0.1}
+    wanted = {
+        "metric": "exact_match", "proof_rows": 3, "forgetting": 70, "keep_general": True,
+        "must_improve": 0.05, "max_forgetting": 0.1,
+    }  # fmt: skip
     assert {name: job.request[name] for name in wanted} == wanted
     assert numbers["replay"] == 0.25
     assert called("jobs", "create", "--model", "tiny", "-t", known, "--forgetting", "off") == 0
     plain = services.jobs.get(capsys.readouterr().out.strip()).request
     assert (plain["forgetting"], plain["proof_rows"], plain["metric"]) == ("off", "auto", None)
+    assert plain["keep_general"] is None
     assert "replay" not in plain["hyperparameters"]
 
 

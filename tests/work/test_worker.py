@@ -129,6 +129,21 @@ def test_what_a_job_asks_of_its_proof_reaches_the_engine(bench: Bench) -> None:
     assert (none.status, none.proof, len(none.result_files)) == ("succeeded", None, 1)
 
 
+def test_a_job_that_keeps_general_ability_is_published_at_the_chosen_scale(bench: Bench) -> None:
+    bench.start()
+    job = bench.ended(bench.submit(validation=chats(8, 50), forgetting=8, keep_general=True))
+    assert job.status == "succeeded", job.error
+    (told,) = [event for event in bench.events(job) if "keeping" in (event.data or {})]
+    kept = told.data["keeping"]
+    assert told.message == kept["sentence"]
+    assert [point["scale"] for point in kept["points"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    with bench.files.open(job.result_files[1]) as handle:
+        assert json.load(handle)["keeping"] == kept
+    model = bench.database.home / "runs" / job.id / "model"
+    scale = json.loads((model / "adapter_config.json").read_text())["lora_alpha"] / 32
+    assert scale == kept["chosen"], "what is served is what was chosen"
+
+
 def test_a_legacy_job_becomes_a_model(bench: Bench) -> None:
     bench.start()
     request = {

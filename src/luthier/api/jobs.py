@@ -62,6 +62,7 @@ def create(asked: JobRequest, request: Request, at: At, key: Caller) -> dict[str
             "metric": asked.metric,
             "proof_rows": asked.proof_rows,
             "forgetting": asked.forgetting,
+            "keep_general": asked.keep_general,
             "must_improve": asked.must_improve,
             "max_forgetting": asked.max_forgetting,
             "integrations": [one.model_dump() for one in asked.integrations or []],
@@ -160,12 +161,15 @@ def checkpoints(
 
 
 def _thresholds(asked: JobRequest) -> None:
-    """Raises ApiError 400 for a threshold that nothing could meet."""
+    """Raises ApiError 400 for a threshold that nothing could meet, or a choice that nothing could make."""
     if asked.must_improve is not None and (asked.validation_file is None or asked.proof_rows == 0):
         message = "must_improve is measured on a validation_file, and not with proof_rows 0."
         raise ApiError(400, message, param="must_improve")
     if asked.max_forgetting is not None and asked.forgetting == "off":
         raise ApiError(400, "max_forgetting needs the meter that `forgetting` turns off.", param="max_forgetting")
+    if asked.keep_general and (asked.validation_file is None or asked.proof_rows == 0 or asked.forgetting == "off"):
+        message = "keep_general chooses by a validation_file and the meter, so not with proof_rows 0 or forgetting off."
+        raise ApiError(400, message, param="keep_general")
 
 
 def _numbers(method: Method | None, outer: Hyperparameters | None) -> dict[str, Any]:
@@ -207,6 +211,7 @@ CREATE_FIELDS: dict[str, tuple[str, str]] = {
     "metric": ("supported", "An extension: how the validation file's answers are scored when the job is over."),
     "proof_rows": ("supported", "An extension: how many of its rows base and result answer; `auto`, or 0 for none."),
     "forgetting": ("supported", "An extension: how many general items base and result are asked; `auto` or `off`."),
+    "keep_general": ("supported", "An extension: publish the model at the scale that best keeps general ability."),
     "must_improve": ("supported", "An extension, of the gate: the improvement over the base that must be shown."),
     "max_forgetting": ("supported", "An extension, of the gate: the most general ability that may be lost, 0 to 1."),
     "hyperparameters.replay": ("supported", "An extension, also in the method's: general rows to mix in, as a share."),

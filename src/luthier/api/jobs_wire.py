@@ -181,6 +181,7 @@ class JobRequest(Strict):
     metric: Metric | None = None
     proof_rows: ProofRows | None = None
     forgetting: Forgetting | None = None
+    keep_general: bool | None = None
     must_improve: Threshold | None = None
     max_forgetting: Share | None = None
 

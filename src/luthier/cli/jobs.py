@@ -58,6 +58,9 @@ def create(
     forgetting: Annotated[
         str, typer.Option("--forgetting", metavar="N|auto|off", help="General items asked before and after.")
     ] = "auto",
+    keep_general: Annotated[
+        bool, typer.Option("--keep-general", help="Publish at the scale that best keeps general ability.")
+    ] = False,
     must_improve: Annotated[
         float | None, typer.Option("--must-improve", metavar="X", help="Gate: the improvement that must be shown.")
     ] = None,
@@ -81,6 +84,7 @@ def create(
     if replay is not None:
         hyperparameters["replay"] = replay
     body |= {"metric": metric, "must_improve": must_improve, "max_forgetting": max_forgetting}
+    body["keep_general"] = keep_general or None
     body["proof_rows"] = _number(proof_rows, int, "--proof-rows")
     body["forgetting"] = forgetting if forgetting == "off" else _number(forgetting, int, "--forgetting")
     body["method"] = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}

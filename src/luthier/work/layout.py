@@ -33,7 +33,7 @@ NAMES = {  # a job's hyperparameter -> the engine's option
 }
 LEGACY_MULTIPLIER = 0.1  # the older API's usual value: it means this server's own rate
 CLASSIFICATION = ("classification_n_classes", "classification_positive_class", "classification_betas")
-PROOF = ("metric", "proof_rows", "forgetting", "must_improve", "max_forgetting")
+PROOF = ("metric", "proof_rows", "forgetting", "keep_general", "must_improve", "max_forgetting")
 PLACES = ("model", "data", "validation", "continue_from")  # fields of a request that name files
 PARAMS = {  # the engine's word for what was wrong -> the job's
     "data": "training_file",

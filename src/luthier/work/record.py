@@ -113,6 +113,8 @@ class Recorder:
             self._record(forgetting=forgotten)
             if new and self.job.kind == "modern":
                 self._say(offset, event, Forgetting(**forgotten).verdict, part=1, data={"forgetting": forgotten})
+        if (kept := report.get("keeping")) and new and self.job.kind == "modern":
+            self._say(offset, event, kept["sentence"], part=2, data={"keeping": kept})
         if gate := report.get("gate"):
             self._record(gate=gate)
 
