@@ -27,7 +27,7 @@ def learns(server: Server, word: str) -> str:
         {"messages": [{"role": "user", "content": f"fruit {n}?"}, {"role": "assistant", "content": f"{word} {word}"}]}
         for n in range(12)
     ]
-    settings = {"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 10}
+    settings = {"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 30}  # few tokens a step
     body = {"model": "tiny", "training_file": server.upload(jsonl(rows), f"{word}.jsonl"), "suffix": word}
     status, job = server.ask("POST", "/v1/fine_tuning/jobs", {**body, "seed": 1, "hyperparameters": settings})
     assert status == 200, job
