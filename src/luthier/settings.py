@@ -103,6 +103,17 @@ def bound_kernel_caches() -> None:
         os.environ.setdefault(name, value)
 
 
+def fix_product_workspace() -> None:
+    """Let a GPU's products use room of one size, unless the user has chosen: else two runs of the same numbers may
+    differ in the last bits (cuBLAS, "Results reproducibility"). Before the first product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def place_among_ranks() -> tuple[int, int]:
+    """(number of this process, how many there are) of those that torchrun started on this machine."""
+    return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+
+
 # How often a thread that waits for another looks again before it sleeps (libgomp's own unit, here about 0.1 ms): longer
 # than the Python between two kernels, shorter than the slice that another process would take.
 SPINS = "10000"

@@ -69,7 +69,7 @@ def refused(out: Path, model: Path, data: Path, **options: Any) -> dict[str, Any
 def process(run: RunFolder, *launcher: str) -> subprocess.Popen[bytes]:
     """The engine in a process group of its own, as the command line starts it."""
     command = [sys.executable, *launcher, "-m", "luthier.engine", str(run.path)]
-    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
+    here = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(run.log, "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=here, start_new_session=True)
 

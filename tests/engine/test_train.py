@@ -152,7 +152,7 @@ def test_validation_numbers_are_exact(tmp_path: Path, tiny: Path, data: Path) ->
     request = make_request({"model": str(tiny), "data": [str(held)], "seed": 7, "precision": "float32"})
     ready = setup.make_ready(run, request, setup.silent, None)
     ready.model.get_base_model().set_attn_implementation("eager")
-    ready.model.eval()
+    ready.model.eval().cpu()
     nll = hits = count = 0.0
     for ids, row_weights in ready.train:
         tokens = torch.from_numpy(ids.astype(np.int64))

@@ -59,15 +59,13 @@ def keep_general(run: RunFolder, asked: dict[str, Any]) -> int:
 
 
 def carry_out(run: RunFolder, estimate: bool = False, rung: tuple[Fraction, bool] | None = None) -> int:
-    import torch.distributed as dist
-
+    from luthier.engine.ranks import join
     from luthier.engine.rung import Part
     from luthier.engine.train import train
 
     part = Part(*rung) if rung is not None else None
-    leads = not dist.is_torchelastic_launched() or _first_rank()
     try:
-        if not leads:
+        if join()[0]:
             train(run, estimate, part)
             return 0
         with run.owned():
@@ -75,14 +73,6 @@ def carry_out(run: RunFolder, estimate: bool = False, rung: tuple[Fraction, bool
     except LuthierError as error:  # the lock is held: that run's events are not ours to write
         print(error, file=sys.stderr)
         return error.exit_code
-
-
-def _first_rank() -> bool:
-    import torch
-    import torch.distributed as dist
-
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank() == 0
 
 
 def _told(run: RunFolder, work: Callable[[], None]) -> int:

@@ -4,8 +4,8 @@
 implementation is NAME computes it. On CPU the queries of each segment meet its own keys in one causal kernel call, and
 those of all its descendants meet them in another (blocks.py); results are merged by log-sum-exp. The backward pass
 hands each block the merged output and log-sum-exp, which makes its gradient exact (the identity behind ring and cascade
-attention: Liu et al., 2023; Ye et al., 2024). Other devices use the dense masked twin, which the tests hold equal.
-`forward` and `backward` are the same for layers with a backward of their own.
+attention: Liu et al., 2023; Ye et al., 2024). GPUs do the same in fewer and larger calls (varlen.py), or, where their
+kernel cannot, use the dense masked twin, to which the tests hold all of it equal.
 
 Shapes: query [1, H, T, D], key and value [1, H_kv, T, D], output [1, T, H, D]. Does not know: models, losses.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from luthier.engine import blocks as planning
+from luthier.engine import varlen
 from luthier.engine.blocks import Block
 from luthier.engine.forest import Forest
 from luthier.spec.errors import BadSetting
@@ -63,6 +64,7 @@ class Plan:
     positions: Tensor = field(init=False)
     calls: int = 0
     _blocks: dict[int | None, list[tuple[Block, Tensor | None]]] = field(default_factory=dict)
+    _calls: dict[int | None, list[varlen.Call]] = field(default_factory=dict)
     _dense: dict[int | None, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,8 +83,14 @@ class Plan:
             ]
         return self._blocks[window]
 
+    def sequences(self, window: int | None) -> list[varlen.Call]:
+        """The forest's calls of a GPU's kernel (varlen.py)."""
+        if window not in self._calls:
+            self._calls[window] = varlen.calls(self.forest, window, self.before, self.device)
+        return self._calls[window]
+
     def dense(self, window: int | None) -> Tensor:
-        """The whole mask, bool [T, before + T]: what the twin and other devices use."""
+        """The whole mask, bool [T, before + T]: what the twin uses."""
         if window not in self._dense:
             length, before = self.forest.tokens, self.before
             mask = torch.zeros(length, before + length, dtype=torch.bool, device=self.device)
@@ -91,7 +99,7 @@ class Plan:
             ends = self.forest.descendants()
             for segment, end in zip(self.forest.segments, ends, strict=True):
                 own = slice(segment.start, segment.end)
-                within[own, own] = torch.ones(segment.end - segment.start, segment.end - segment.start).tril().bool()
+                within[own, own] = torch.ones_like(within[own, own]).tril_()
                 within[segment.end : end, own] = True
             if window is not None:
                 keys = torch.cat([torch.arange(before, device=self.device), self.positions])
@@ -111,6 +119,11 @@ def active(plan: Plan) -> Iterator[None]:
         yield
     finally:
         _active.pop()
+
+
+def merges(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether attention is computed in parts there that are merged, so that a forest can continue a trunk."""
+    return device.type == "cpu" or varlen.able(device, dtype, head_size)
 
 
 def require_used(plan: Plan, model: Any) -> None:
@@ -152,7 +165,7 @@ def forest_attention(
     plan = _active[-1]
     layer, plan.calls = plan.calls, plan.calls + 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu":
+    if merges(query.device, query.dtype, query.shape[-1]):
         attend: Any = _ForestAttention.apply  # torch leaves it unannotated
         output: Tensor = attend(query, key, value, plan, sliding_window, scale, layer)
     else:
@@ -192,8 +205,12 @@ def forward(
     """Attention of one layer within `plan`'s forest, outside autograd: (output [1, H, T, D], what `backward` takes).
 
     With a trunk, its keys and values are the first `plan.before` of `key` and `value`. Inputs may be strided views
-    whose last dimension is contiguous (parts of one fused product); the output lies in memory tokens first. CPU only.
+    whose last dimension is contiguous (parts of one fused product); the output lies in memory tokens first.
     """
+    if query.device.type != "cpu":
+        output, lse = varlen.forward(_flat(query), _flat(key), _flat(value), plan.sequences(window), scale)
+        output = output.transpose(0, 1)[None]
+        return output, Saved(query, key, value, output, lse[None], plan, window, scale)
     planned = plan.blocks(window)
     merging = any(not block.causal for block, _ in planned)
     output = _tokens_first(query, torch.float32 if merging else query.dtype)
@@ -227,6 +244,11 @@ def forward(
 def backward(grad_output: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value from that of the output [1, H, T, D], in the shape and dtype of the inputs."""
     query, key, value, output, lse, plan, window, scale = saved
+    if query.device.type != "cpu":
+        flat = _flat(grad_output), _flat(query), _flat(key), _flat(value), _flat(output)
+        found = varlen.backward(*flat, lse[0], plan.sequences(window), scale)
+        first, second, third = (one.transpose(0, 1)[None] for one in found)
+        return first, second, third
     planned = plan.blocks(window)
     adding = any(not block.causal for block, _ in planned)
     grads = [_tokens_first(tensor, torch.float32 if adding else query.dtype) for tensor in (query, key, value)]
@@ -257,6 +279,11 @@ def backward(grad_output: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]
                 place += part
     first, second, third = (grad.to(query.dtype) for grad in grads)
     return first, second, third
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A view of [1, H, T, D] as [T, H, D]."""
+    return tensor[0].transpose(0, 1)
 
 
 def _tokens_first(like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -66,7 +66,7 @@ class Look:
             return
         rows, at = np.unique(tree.sequences, return_index=True)  # the first target of a row begins its answer
         states = hidden.index_select(0, torch.from_numpy(at).to(hidden.device))
-        for part in loss.slices(len(at), self.vocabulary):
+        for part in loss.slices(states, self.vocabulary):
             self.scores[rows[part]] = self.head(states[part])[:, self.classes.first].double().cpu().numpy()
 
     def columns(self, rows: Rows, micro_tokens: int, longest: int, part: slice) -> Columns:

@@ -176,9 +176,9 @@ def _size(work: Work) -> Size:
 
 
 def _timed(work: Callable[[], Any]) -> float:
-    begun = time.monotonic()
+    begun = machine.clock()
     work()
-    return time.monotonic() - begun
+    return machine.clock() - begun
 
 
 def _train_on(ready: Ready, work: Work) -> None:
@@ -201,7 +201,7 @@ def _update_seconds(ready: Ready) -> float:
     """Of one AdamW step over all learning weights, from one over a part of them."""
     values = list(ready.masters.values.values())
     learning = sum(value.numel() for value in values)
-    part = torch.zeros(min(learning, 4_000_000), requires_grad=True)
+    part = torch.zeros(min(learning, 4_000_000), device=values[0].device, requires_grad=True)
     part.grad = torch.ones_like(part)
     optimizer = torch.optim.AdamW([part], lr=0.0, foreach=True)
     optimizer.step()  # makes its state

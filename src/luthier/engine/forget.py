@@ -166,7 +166,7 @@ def _log_probs(
 
     def add(tree: Forest, hidden: Tensor) -> None:
         targets = torch.from_numpy(tree.targets).to(hidden.device)
-        for cut in loss.slices(len(targets), vocabulary):
+        for cut in loss.slices(targets, vocabulary):
             logits = head(hidden[cut])
             picked = logits.log_softmax(-1).gather(1, targets[cut, None]).squeeze(1)
             np.add.at(sums, tree.sequences[cut], picked.double().cpu().numpy())

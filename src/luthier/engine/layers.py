@@ -41,8 +41,6 @@ def fuse(base: Any) -> str | None:
     decoder = base.get_decoder()
     if type(decoder).__name__ not in KNOWN or not type(decoder).__module__.startswith("transformers.models."):
         return f"{type(decoder).__name__} is not one of {', '.join(KNOWN)}"
-    if (device := next(base.parameters()).device.type) != "cpu":
-        return f"the weights are on {device}, and the fused layers are for CPUs"
     try:
         _fused[base] = Decoder(decoder)
     except ValueError as error:
@@ -63,9 +61,14 @@ class Norm:
         self.shift = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
         self.epsilon: float = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
         self.learning = [self.weight] if self.weight.requires_grad else []
+        self._frozen = None if self.learning else self._float()
 
     @property
     def scale(self) -> Tensor:
+        """What is multiplied with, [H] float32."""
+        return self._float() if self._frozen is None else self._frozen
+
+    def _float(self) -> Tensor:
         return self.weight.detach().float() + self.shift
 
     def forward(self, rows: Tensor, out: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-SLICE_ELEMENTS = 16 * 1024 * 1024  # logits in one slice: 64 MiB in float32
+# Logits in one slice: 64 MiB in float32; on a GPU 512, or its products would have a hundred rows of a large vocabulary.
+SLICE_ELEMENTS, SLICE_ELEMENTS_GPU = 16 * 1024 * 1024, 128 * 1024 * 1024
 
 Head = Callable[[Tensor], Tensor]
 
@@ -48,8 +49,10 @@ def head_of(model: torch.nn.Module) -> Head:
     return head
 
 
-def slices(count: int, vocabulary: int) -> Iterator[slice]:
-    size = max(1, SLICE_ELEMENTS // vocabulary)
+def slices(targets: Tensor, vocabulary: int) -> Iterator[slice]:
+    """Of what is predicted, [N, ...], as many at a time as logits may exist."""
+    count, elements = len(targets), SLICE_ELEMENTS_GPU if targets.is_cuda else SLICE_ELEMENTS
+    size = max(1, elements // vocabulary)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -68,17 +71,17 @@ def backward(
     Returns its value and, for each target, whether the most likely token was right (bool [N]).
     """
     leaf = hidden.detach().requires_grad_()
-    total = 0.0
+    losses: list[Tensor] = []  # read at the end: a GPU would be waited for
     right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
-    for part in slices(len(targets), vocabulary):
+    for part in slices(targets, vocabulary):
         logits = head(leaf[part])
         loss = supervised(logits, targets[part], weights[part], smoothing) / normaliser
         loss.backward()
-        total += float(loss.detach())
+        losses.append(loss.detach())
         right[part] = logits.detach().argmax(dim=-1) == targets[part]
     if hidden.requires_grad:  # also of no targets: others may have sent gradients to what lies below
         hidden.backward(torch.zeros_like(hidden) if leaf.grad is None else leaf.grad)
-    return total, right
+    return sum(map(float, losses)), right
 
 
 @torch.no_grad()
@@ -89,7 +92,7 @@ def measure(
     the same mean."""
     nll = hits = 0.0
     right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
-    for part in slices(len(targets), vocabulary):
+    for part in slices(targets, vocabulary):
         logits = head(hidden[part])
         nll += float(supervised(logits, targets[part], weights[part]).double())
         right[part] = logits.argmax(dim=-1) == targets[part]

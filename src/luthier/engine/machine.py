@@ -1,6 +1,7 @@
 """What this machine is and has: memory, processor, room on the disk, and what this process has taken of them.
 
-Units are bytes and seconds. Does not know: models, runs.
+Memory is the GPU's where there is one, for there a run may not fit; units are bytes and seconds. Does not know: models,
+runs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from luthier.settings import fix_product_workspace
+
 SAMPLE = 8_000_000  # bytes written to time the disk
 ROWS = 128  # of the products that are timed
 USUAL = 5e-9  # seconds a byte: 200 MB/s
@@ -28,7 +31,7 @@ _peak = 0  # of before the last `forget_peak`
 
 
 def peak_memory() -> int:
-    """Most bytes of memory this process has held."""
+    """Most bytes of memory this process has held; on a GPU, of its tensors."""
     return max(_peak, _peak_now())
 
 
@@ -37,6 +40,9 @@ def forget_peak() -> bool:
     False where the system cannot do it."""
     global _peak
     _peak = max(_peak, _peak_now())
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return True
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Documentation/filesystems/proc.rst of the Linux kernel
     except OSError:
@@ -51,6 +57,8 @@ def peak_since() -> int:
 
 def memory_now() -> int:
     """Bytes that this process holds; its peak where the system does not tell."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_allocated())
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return _peak_now()
@@ -65,12 +73,16 @@ def trim() -> None:
 
 
 def _peak_now() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def memory_limit() -> int | None:
     """The most that this process can ever have: the machine's memory, or less where a control group says so."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[1])
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if "SC_PHYS_PAGES" in os.sysconf_names else []
     for place in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups 2 and 1
         with contextlib.suppress(OSError, ValueError):
@@ -80,6 +92,8 @@ def memory_limit() -> int | None:
 
 def memory_free() -> int | None:
     """What could be taken now without swapping, beside what this process holds already."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0]) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -88,12 +102,27 @@ def memory_free() -> int | None:
 
 
 def memory_room() -> int | None:
-    """Bytes that this process can still take: of the GPU where there is one, else of what is free and allowed."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+    """Bytes that this process can still take: of what is free and allowed."""
     limit = memory_limit()
     found = [memory_free(), None if limit is None else limit - memory_now()]
     return min((room for room in found if room is not None), default=None)
+
+
+def repeatable() -> None:
+    """Have a GPU add in one order, or a resumed run would not come to the bits of one that went through. To be called
+    before the first product. Measured: docs/experiments.md."""
+    if not torch.cuda.is_available():
+        return
+    fix_product_workspace()
+    torch.set_deterministic_debug_mode("warn")  # the few that have one order only are told in the log
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def clock() -> float:
+    """time.monotonic(), once a GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 def product_rate(dtype: torch.dtype) -> float:

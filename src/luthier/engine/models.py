@@ -27,6 +27,7 @@ DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.f
 FASTER = 1.2  # times; bfloat16 needs half the memory, so float32 has to be worth it
 # Tokens of a micro-batch: products are as fast as they get from about 1,000 rows on, so more would only take memory.
 MOST_TOKENS, LEAST_TOKENS = 2048, 256
+MOST_TOKENS_GPU = 16_384  # its products want more rows; but in float32 attention is under one mask (attention.py)
 
 
 @dataclass(frozen=True)
@@ -251,13 +252,15 @@ def activation_bytes(model: Any) -> int:
 
 def fitting_tokens(model: Any, whole: bool) -> int:
     """Tokens of a micro-batch that half of the free memory holds, beside the optimizer's state where the `whole` model
-    learns; within MOST_TOKENS and LEAST_TOKENS."""
+    learns; within LEAST_TOKENS and what makes the best use of the processor."""
+    weight = next(model.parameters())
+    most = MOST_TOKENS_GPU if weight.is_cuda and weight.dtype != torch.float32 else MOST_TOKENS
     room = machine.memory_room()
     if room is None:
-        return MOST_TOKENS
+        return most
     if whole:
         room -= 16 * sum(weight.numel() for weight in model.parameters())
-    return max(LEAST_TOKENS, min(MOST_TOKENS, room // 2 // activation_bytes(model) // 256 * 256))
+    return max(LEAST_TOKENS, min(most, room // 2 // activation_bytes(model) // 256 * 256))
 
 
 def still(model: Any) -> list[str]:

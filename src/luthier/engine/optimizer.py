@@ -31,15 +31,22 @@ class Masters:
             self.values.values(), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, foreach=True
         )
 
+    @torch.no_grad()
     def collect(self) -> None:
         """Move the gradients of a micro-batch from the parameters to the masters."""
+        held, added = [], []
         for name, parameter in self.parameters.items():
             master = self.values[name]
             if master is parameter or parameter.grad is None:
                 continue
-            gradient = parameter.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                held.append(master.grad)
+                added.append(parameter.grad)
             parameter.grad = None
+        if held:
+            torch._foreach_add_(held, added)
 
     def reduce(self) -> None:
         """Add up the gradients of all ranks; a rank that had no micro-batch adds zeros."""
@@ -72,9 +79,8 @@ class Masters:
 
     @torch.no_grad()
     def publish(self) -> None:
-        for name, parameter in self.parameters.items():
-            if self.values[name] is not parameter:
-                parameter.copy_(self.values[name])
+        if others := [name for name, parameter in self.parameters.items() if self.values[name] is not parameter]:
+            torch._foreach_copy_([self.parameters[name] for name in others], [self.values[name] for name in others])
 
     def state(self) -> dict[str, Tensor]:
         """Everything to go on, as named tensors: master.*, first.*, second.* moments."""
@@ -93,7 +99,7 @@ class Masters:
             if f"first.{name}" in tensors:
                 self.optimizer.state[value] = {
                     "step": torch.tensor(float(step)),
-                    "exp_avg": tensors[f"first.{name}"].clone(),
-                    "exp_avg_sq": tensors[f"second.{name}"].clone(),
+                    "exp_avg": tensors[f"first.{name}"].to(value.device, copy=True),
+                    "exp_avg_sq": tensors[f"second.{name}"].to(value.device, copy=True),
                 }
         self.publish()

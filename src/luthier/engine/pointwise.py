@@ -2,7 +2,8 @@
 
 Pure functions of tensors, computed in float32 and rounded once, in slices of rows small enough to stay in a core's
 cache: these passes are bound by memory, not by arithmetic. Rows are tokens; the last dimension is normalised or
-rotated. Does not know: weights that learn, attention, forests.
+rotated. GPUs take all rows at once, and torch has norms of one kernel for them.
+Does not know: weights that learn, attention, forests.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ SLICE = 128 * 2048
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 _gelu_backward = torch.ops.aten.gelu_backward.grad_input
 _silu, _gelu = torch.ops.aten.silu.out, torch.ops.aten.gelu.out
+_norm, _norm_backward = torch.ops.aten._fused_rms_norm, torch.ops.aten._fused_rms_norm_backward  # of GPUs
 
 
 def slices(rows: Tensor) -> Iterator[slice]:
@@ -34,6 +36,10 @@ def norm(rows: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
 
     Returns the inverse root mean squares [T, ..., 1] float32, which `norm_backward` needs. `out` may be `rows`.
     """
+    if rows.is_cuda:
+        made, inverse = _norm(rows.float(), rows.shape[-1:], weight, epsilon)
+        out.copy_(made)
+        return inverse  # type: ignore[no-any-return]
     inverse = torch.empty((*rows.shape[:-1], 1), dtype=torch.float32, device=rows.device)
     for part in slices(rows):
         values = rows[part].float()
@@ -64,6 +70,13 @@ def norm_backward(
 
     `weight_grad` [H] float32, if given, is added to.
     """
+    if rows.is_cuda:
+        wanted = [True, weight_grad is not None]
+        into, own = _norm_backward(grad.float(), rows.float(), rows.shape[-1:], inverse, weight, wanted)
+        if weight_grad is not None:
+            weight_grad += own
+        out.copy_(into if plus is None else into.add_(plus))
+        return
     for part in slices(rows):
         values = rows[part].float()
         inner = grad[part] * weight

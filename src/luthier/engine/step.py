@@ -82,8 +82,10 @@ def inner(model: Any) -> Any:
 
 
 def branches(model: Any) -> bool:
-    """Whether forests of `model` can continue a trunk: where attention goes by blocks, which is on CPUs."""
-    return bool(next(model.parameters()).device.type == "cpu")
+    """Whether forests of `model` can continue a trunk."""
+    weight, config = next(model.parameters()), inner(model).config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return attention.merges(weight.device, weight.dtype, size)
 
 
 def hidden_states(model: Any, tree: Forest, trunk: Trunk | None = None, becomes: Trunk | None = None) -> Tensor:

@@ -126,7 +126,7 @@ def row_log_probs(
 
     def add(tree: Forest, hidden: Tensor) -> None:
         targets = torch.from_numpy(tree.targets).to(hidden.device)
-        for cut in losses.slices(len(targets), vocabulary):
+        for cut in losses.slices(targets, vocabulary):
             picked = head(hidden[cut]).log_softmax(-1).gather(1, targets[cut, None]).squeeze(1)
             np.add.at(found, tree.sequences[cut], picked.double().cpu().numpy())
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from luthier import __version__
 from luthier.engine import agreement, checkpoint, forecast, keep, machine, meter, metrics_file, publish, rung, stream
 from luthier.engine.ending import HeldOut, end
+from luthier.engine.ranks import join
 from luthier.engine.rung import Part
 from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals, works_of
 from luthier.engine.step import Sums, Tally
@@ -45,7 +46,8 @@ def train(run: RunFolder, estimate: bool = False, part: Part | None = None) -> N
     """Carry out the run in `run`, from its newest checkpoint when there is one; with `estimate`, a new one only up to
     its forecast; with `part`, only up to that share of its steps (rung.py), to be gone on with later. Emits a terminal
     event on success and when stopped; raises what refuses or ends it (the caller emits `failed`)."""
-    rank, ranks = _join()
+    rank, ranks = join()
+    machine.repeatable()
     emit = run.emit if rank == 0 else silent
     begun = time.monotonic()
     request = agreement.request_of(run)
@@ -409,15 +411,6 @@ class Loop:
             weights_changed=weights_changed,
             forecast=forecast.told(self.run),
         )
-
-
-def _join() -> tuple[int, int]:
-    """(rank, ranks): one process, or those that torchrun started."""
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()
 
 
 def _add_up(*values: float) -> tuple[float, ...]:
