@@ -56,7 +56,7 @@ class Look:
 
     def __init__(self, classes: Classes, model: Any) -> None:
         self.classes, self.model = classes, model
-        self.head = loss.head_of(step.inner(model))
+        self.head = loss.Head(step.inner(model))
         self.vocabulary = int(step.inner(model).config.get_text_config().vocab_size)
         self.scores = np.zeros((len(classes.truth), len(classes.names)))
 

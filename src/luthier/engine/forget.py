@@ -162,7 +162,7 @@ def _log_probs(
     """Of each row: the summed log-probability of its weighted tokens, nats; whether each of them is the likeliest."""
     sums, right = np.zeros(len(rows)), np.ones(len(rows), bool)
     inner = step.inner(model)
-    head, vocabulary = loss.head_of(inner), int(inner.config.get_text_config().vocab_size)
+    head, vocabulary = loss.Head(inner), int(inner.config.get_text_config().vocab_size)
 
     def add(tree: Forest, hidden: Tensor) -> None:
         targets = torch.from_numpy(tree.targets).to(hidden.device)

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from luthier.engine import attention
-from luthier.engine.loss import head_of
+from luthier.engine.loss import Head
 from luthier.engine.step import inner
 from luthier.spec.errors import BadSetting, UserError
 
@@ -112,7 +112,7 @@ def _decode(
     """(row, token, why it ended or None) in the order of decoding; one forward pass gives every row one token."""
     device = shared.device
     # The head gets [B, H]: for [B, 1, H] cut from a prompt's states, torch copies the whole matrix once for each row.
-    decoder, head = inner(model).get_decoder(), head_of(inner(model))
+    decoder, head = inner(model).get_decoder(), Head(inner(model))
     cache = shared.cache_for(len(rows))
     tokens, mask, positions = (
         tensor.to(device) for tensor in _left_padded([prompts[row] for row in rows], len(shared), pad_id)

@@ -2,22 +2,23 @@
 
 The normaliser is an argument everywhere: the sum of weights over the whole optimizer step, all micro-batches and all
 ranks, so that accumulation equals one big batch. The head runs at target positions only, a slice at a time, and each
-slice's gradient is taken at once, so logits never exist for more than one slice.
+slice's gradient is taken at once, so logits never exist for more than one slice. Where logits are a plain product the
+gradient is made in their place, softmax less target: one exponential for each, and no memory that the next slice does
+not use again.
 
 Shapes: N targets, V vocabulary, H hidden size. Does not know: forests, optimizers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Logits in one slice: 64 MiB in float32; on a GPU 512, or its products would have a hundred rows of a large vocabulary.
 SLICE_ELEMENTS, SLICE_ELEMENTS_GPU = 16 * 1024 * 1024, 128 * 1024 * 1024
-
-Head = Callable[[Tensor], Tensor]
 
 
 def supervised(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -32,21 +33,26 @@ def supervised(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: floa
     return (nll * weights).sum()
 
 
-def head_of(model: torch.nn.Module) -> Head:
-    """Hidden states [N, H] to float32 logits [N, V], with the scaling or soft cap of the model's own forward."""
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    embeddings = model.get_output_embeddings()  # type: ignore[operator]
-    cap = getattr(config, "final_logit_softcapping", None)
-    divide = getattr(config, "logits_scaling", None) or 1.0
-    times = getattr(config, "logit_scale", None) or 1.0
+class Head:
+    """Hidden states [N, H] to float32 logits [N, V], with the scaling or soft cap of the model's own forward.
 
-    def head(hidden: Tensor) -> Tensor:
-        logits: Tensor = embeddings(hidden).float()
-        if divide != 1.0 or times != 1.0:
-            logits = logits * (times / divide)
-        return torch.tanh(logits / cap) * cap if cap else logits
+    `matrix` [V, H]: where logits are no more than a product with it.
+    """
 
-    return head
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self.embeddings = model.get_output_embeddings()
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        divide, times = (getattr(config, name, None) or 1.0 for name in ("logits_scaling", "logit_scale"))
+        self.scale = times / divide
+        plain = type(self.embeddings) is nn.Linear and self.embeddings.bias is None
+        self.matrix: Tensor | None = self.embeddings.weight if plain and not self.cap and self.scale == 1.0 else None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.embeddings(hidden).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
 
 
 def slices(targets: Tensor, vocabulary: int) -> Iterator[slice]:
@@ -70,18 +76,64 @@ def backward(
 
     Returns its value and, for each target, whether the most likely token was right (bool [N]).
     """
-    leaf = hidden.detach().requires_grad_()
-    losses: list[Tensor] = []  # read at the end: a GPU would be waited for
+    way = _by_autograd if head.matrix is None or head.matrix.dtype != hidden.dtype else _in_place
+    losses, right, gradient = way(hidden.detach(), head, targets, weights / normaliser, vocabulary, smoothing)
+    if hidden.requires_grad:  # also of no targets: others may have sent gradients to what lies below
+        hidden.backward(gradient)
+    return sum(map(float, losses)), right  # read at the end: a GPU would be waited for at each
+
+
+Result = tuple[list[Tensor], Tensor, Tensor]  # the slices' losses, hit or not [N], the gradient of hidden [N, H]
+
+
+def _by_autograd(
+    hidden: Tensor, head: Head, targets: Tensor, weights: Tensor, vocabulary: int, smoothing: float
+) -> Result:
+    leaf = hidden.requires_grad_()
+    losses: list[Tensor] = []
     right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
     for part in slices(targets, vocabulary):
         logits = head(leaf[part])
-        loss = supervised(logits, targets[part], weights[part], smoothing) / normaliser
+        loss = supervised(logits, targets[part], weights[part], smoothing)
         loss.backward()
         losses.append(loss.detach())
         right[part] = logits.detach().argmax(dim=-1) == targets[part]
-    if hidden.requires_grad:  # also of no targets: others may have sent gradients to what lies below
-        hidden.backward(torch.zeros_like(hidden) if leaf.grad is None else leaf.grad)
-    return sum(map(float, losses)), right
+    return losses, right, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+@torch.no_grad()
+def _in_place(
+    hidden: Tensor, head: Head, targets: Tensor, weights: Tensor, vocabulary: int, smoothing: float
+) -> Result:
+    matrix = head.matrix
+    assert matrix is not None
+    losses: list[Tensor] = []
+    right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
+    gradient = torch.zeros_like(hidden)
+    parts = list(slices(targets, vocabulary))
+    room = hidden.new_empty(max((part.stop - part.start for part in parts), default=0), len(matrix))
+    for part in parts:
+        product = torch.mm(hidden[part], matrix.t(), out=room[: part.stop - part.start])
+        logits, wanted, weight = product.float(), targets[part, None], weights[part, None]
+        aim = logits.gather(1, wanted)
+        if smoothing:
+            aim = (1 - smoothing) * aim + smoothing * logits.mean(dim=-1, keepdim=True)
+        top, likeliest = logits.max(dim=-1, keepdim=True)
+        right[part] = (likeliest == wanted)[:, 0]
+        total = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
+        losses.append(((total.log() + top - aim) * weight).sum())
+        logits.mul_(weight / total)
+        if smoothing:
+            logits.sub_(weight * (smoothing / len(matrix)))
+        logits.scatter_add_(1, wanted, weight * (smoothing - 1))
+        if logits is not product:
+            product.copy_(logits)
+        torch.mm(product, matrix, out=gradient[part])
+        if matrix.requires_grad:
+            if matrix.grad is None:
+                matrix.grad = torch.zeros_like(matrix)
+            matrix.grad.addmm_(product.t(), hidden[part])
+    return losses, right, gradient
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ def learn(model: Any, tree: Forest, hidden: Tensor, normaliser: float, smoothing
     mean loss (nats per token), and whether each target was the most likely token."""
     targets, weights = _targets(tree, hidden.device)
     base = inner(model)
-    return loss.backward(hidden, loss.head_of(base), targets, weights, normaliser, vocabulary_of(base), smoothing)
+    return loss.backward(hidden, loss.Head(base), targets, weights, normaliser, vocabulary_of(base), smoothing)
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def weigh(model: Any, tree: Forest, hidden: Tensor) -> tuple[Sums, Tensor]:
     """Sums of one forest from its hidden states [N, H], and whether each target was the most likely token."""
     targets, weights = _targets(tree, hidden.device)
     base = inner(model)
-    *sums, right = loss.measure(hidden, loss.head_of(base), targets, weights, vocabulary_of(base))
+    *sums, right = loss.measure(hidden, loss.Head(base), targets, weights, vocabulary_of(base))
     return Sums(*sums), right
 
 

@@ -121,7 +121,7 @@ def row_log_probs(
     Rows outside `part` of the micro-batches keep 0.
     """
     base = step.inner(model)
-    head, vocabulary = losses.head_of(base), step.vocabulary_of(base)
+    head, vocabulary = losses.Head(base), step.vocabulary_of(base)
     found = np.zeros(len(rows))
 
     def add(tree: Forest, hidden: Tensor) -> None:
