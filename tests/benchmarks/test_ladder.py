@@ -60,7 +60,7 @@ def test_the_profile_of_a_step_names_attention_and_products(place: Path, tiny: P
     found: dict[str, float] = {}
     with luthier_profile.watched(found):
         luthier_engine.train(job(place, tiny, "profile", "tuned", []))
-    assert {"attention", "matrix products"} <= set(found)
+    assert {"attention", "matrix products", "loss"} <= set(found)
     assert sum(found.values()) == pytest.approx(1.0)
 
 

@@ -1,4 +1,4 @@
-"""Own time goes to the kind of its operator, and to attention whatever runs inside it."""
+"""Own time goes to the kind of its operator, to attention whatever runs inside it, to the loss all but its products."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ class Event:
 
 
 def test_kinds_share_the_whole() -> None:
-    attention = Event(luthier_profile.ATTENTION, 1.0)
+    attention, loss = Event(luthier_profile.ATTENTION, 1.0), Event(luthier_profile.LOSS, 0.0)
     events = [
         attention,
         Event("aten::bmm", 3.0, Event("aten::matmul", 0.0, attention)),
-        Event("aten::mm", 4.0),
+        Event("aten::mm", 2.5),
+        Event("aten::mm", 1.5, loss),
+        Event("aten::exp_", 0.5, loss),
         Event("aten::copy_", 1.0),
         Event("aten::mul", 1.0),
     ]
     found = luthier_profile.shares(events)
-    assert list(found) == ["attention", "matrix products", "copies", "pointwise and the rest"]
-    assert found["attention"] == pytest.approx(0.4)
+    assert list(found) == ["attention", "matrix products", "copies", "pointwise and the rest", "loss"]
+    assert found["attention"] == found["matrix products"] == pytest.approx(4 / 10.5)
     assert sum(found.values()) == pytest.approx(1.0)
     assert luthier_profile.shares([]) == {}

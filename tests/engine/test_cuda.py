@@ -142,8 +142,8 @@ def test_a_run_learns_is_proven_and_answers(method: str, tiny: Path, tmp_path: P
     loaded = models.load_for_use(str(run.path), "float32")
     rows = rows_of([30, 9], prefix=20, seed=1)
     with step.forests(loaded.model):
-        here = step.measure(loaded.model, forest.build(rows))
-        there = step.measure(loaded.model.cuda(), forest.build(rows))  # type: ignore[operator]
+        there = step.measure(loaded.model, forest.build(rows))
+        here = step.measure(loaded.model.cpu(), forest.build(rows))  # type: ignore[operator]
     assert here.nll == pytest.approx(there.nll, rel=1e-4)
 
 

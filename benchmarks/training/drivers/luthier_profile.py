@@ -1,6 +1,7 @@
 """Where a step of Luthier's goes: its second step under torch's profiler. Writes result.json with shares of its time.
 
-A share is the own time of operators of a kind, whatever called them; all that runs inside attention is attention.
+A share is the own time of operators of a kind, whatever called them; all that runs inside attention is attention, and
+all of the loss but its products is loss.
 Does not know: why.
 """
 
@@ -15,7 +16,7 @@ from unittest import mock
 from benchmarks.training.drivers import job as jobs
 from benchmarks.training.drivers import luthier_engine
 
-ATTENTION = "attention of the forest"
+ATTENTION, LOSS = "attention of the forest", "loss of the targets"
 PRODUCTS = (
     "aten::mm",
     "aten::addmm",
@@ -26,7 +27,6 @@ PRODUCTS = (
     "mkldnn::",
     "aten::matmul",
 )
-LOSS = ("aten::_log_softmax", "aten::gather", "aten::scatter", "aten::argmax", "aten::nll", "aten::cross_entropy")
 COPIES = ("aten::copy_", "aten::cat", "aten::index", "aten::fill_", "aten::zero_", "aten::empty", "aten::resize_")
 
 
@@ -35,9 +35,12 @@ def kind(names: Iterable[str]) -> str:
     own, *above = names
     if ATTENTION in (own, *above):
         return "attention"
-    for what, starts in (("matrix products", PRODUCTS), ("loss", LOSS), ("copies", COPIES)):
-        if own.startswith(starts):
-            return what
+    if own.startswith(PRODUCTS):
+        return "matrix products"
+    if LOSS in (own, *above):
+        return "loss"
+    if own.startswith(COPIES):
+        return "copies"
     return "pointwise and the rest"
 
 
@@ -59,14 +62,14 @@ def watched(found: dict[str, float]) -> Iterator[None]:
     """Inside, the second step of a run leaves its shares in `found`."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from luthier.engine import attention
+    from luthier.engine import attention, loss
     from luthier.engine import train as engine
 
     one_step = engine.Loop._one_step
 
-    def named(function: Any) -> Any:
+    def named(function: Any, name: str = ATTENTION) -> Any:
         def call(*given: Any, **more: Any) -> Any:
-            with record_function(ATTENTION):
+            with record_function(name):
                 return function(*given, **more)
 
         return call
@@ -82,6 +85,7 @@ def watched(found: dict[str, float]) -> Iterator[None]:
     with (
         mock.patch.object(attention, "forward", named(attention.forward)),
         mock.patch.object(attention, "backward", named(attention.backward)),
+        mock.patch.object(loss, "_in_place", named(loss._in_place, LOSS)),
         mock.patch.object(engine.Loop, "_one_step", one_step_watched),
     ):
         yield

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from luthier.data.formats import read_examples
 from luthier.data.render import Renderer
@@ -227,8 +226,6 @@ def score(
     notes: list[str] = []
     loaded = models.load_for_use(str(folder), held.precision)
     model: Any = loaded.model
-    if torch.cuda.is_available():
-        model.cuda()
     context = generate.context_of(model)
     examples = held.deciding(heed)
     material = evaluate.prepare(held.renderer, [*_fitting(held.renderer, examples, context, notes)], context, "")
@@ -264,9 +261,6 @@ def _prove(run: RunFolder, held: HeldOut, train_seconds: float, emit: Emit, heed
     examples = held.examples(heed)
     known = _read(request.data, held.training, heed)
     loaded = models.load_for_use(str(run.path), held.precision)
-    model: Any = loaded.model
-    if torch.cuda.is_available():
-        model.cuda()
     notes: list[str] = []
     base = prove.untuned(loaded, None, notes.append)
     context = generate.context_of(loaded.model)

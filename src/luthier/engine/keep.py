@@ -189,8 +189,6 @@ class _Measure:
     ) -> None:  # fmt: skip
         self.held, self.loaded, self.model = held, loaded, loaded.model
         model: Any = loaded.model
-        if torch.cuda.is_available():
-            model.cuda()
         self.renderer = meter.renderer
         self.items = probe.sample(probe.half(probe.general(), 0), search.items)
         context = generate.context_of(model)

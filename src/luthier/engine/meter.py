@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from luthier.data.render import Renderer
 from luthier.engine import forget, models, prove
 from luthier.engine.setup import Ready
@@ -68,8 +66,6 @@ class Meter:
         """What the run or model in `folder` lost of `items` beside its base. Raises LuthierError without a base."""
         loaded = models.load_for_use(str(folder), self.precision)
         model: Any = loaded.model
-        if torch.cuda.is_available():
-            model.cuda()
         notes: list[str] = []
         base = prove.untuned(loaded, None, notes.append)
         if base is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,7 @@ from luthier.spec.job import Settings, TrainRequest
 from luthier.spec.run import RunFolder
 
 Precision = Literal["bfloat16", "float32"]
+Model = TypeVar("Model", bound=nn.Module)
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FASTER = 1.2  # times; bfloat16 needs half the memory, so float32 has to be worth it
 # Tokens of a micro-batch: products are as fast as they get from about 1,000 rows on, so more would only take memory.
@@ -50,6 +51,11 @@ def default_precision() -> Precision:
     """bfloat16 where this machine multiplies it natively (CUDA, AVX512-BF16 or AMX CPUs), else float32."""
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return processor_precision()
+
+
+def processor_precision() -> Precision:
+    """`default_precision` of what is computed on the CPU, whatever else is there."""
     able = torch.cpu.get_capabilities()
     return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
 
@@ -114,6 +120,11 @@ def load_base(folder: Path, precision: Precision) -> PreTrainedModel:
     return model
 
 
+def placed(model: Model) -> Model:
+    """`model` on the GPU, where there is one."""
+    return model.cuda() if torch.cuda.is_available() else model
+
+
 def attach(model: PreTrainedModel, request: TrainRequest, settings: Settings) -> nn.Module:
     """`model` with the weights of `request.method` asking for gradients and no others. Changes `model` itself.
 
@@ -173,7 +184,8 @@ def _place(name: str) -> str:
 
 
 def load_for_use(name_or_run: str, precision: Precision, progress: Progress | None = None) -> Loaded:
-    """A run's result, an adapter folder, or whatever `catalogue.resolve` understands, ready to answer.
+    """A run's result, an adapter folder, or whatever `catalogue.resolve` understands, ready to answer; on the GPU where
+    there is one.
 
     Raises NotFound for a run without a result, BadSetting for an adapter that does not belong to its base or would
     change nothing, and whatever resolve and load_base raise.
@@ -184,7 +196,7 @@ def load_for_use(name_or_run: str, precision: Precision, progress: Progress | No
     if (path / "adapter_config.json").is_file():
         return _load_adapter(path, name_or_run, precision, progress)
     folder = path if install.is_model_folder(path) else catalogue.resolve(name_or_run, progress=progress)
-    model = load_base(folder, precision).eval().requires_grad_(False)
+    model = placed(load_base(folder, precision)).eval().requires_grad_(False)
     return Loaded(model, folder, folder, catalogue.content_hash(folder), False, name_or_run)
 
 
@@ -202,7 +214,7 @@ def _load_adapter(folder: Path, name: str, precision: Precision, progress: Progr
     refuse_unsafe(folder)
     wanted = adapters.base_of(folder)
     base = _find_base(wanted, folder, progress)
-    model = adapters.load(load_base(base, precision), folder)
+    model = placed(adapters.load(load_base(base, precision), folder))
     return Loaded(model.eval().requires_grad_(False), folder, base, wanted.hash, True, name)
 
 

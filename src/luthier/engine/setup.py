@@ -125,9 +125,7 @@ def make_ready(
     precision = _precision(request, base_folder, resumed, emit)
     whole = forebear is not None and not forebear.adapter
     begun = time.monotonic()
-    base: Any = models.load_base(forebear.folder if forebear and whole else base_folder, precision)
-    if torch.cuda.is_available():
-        base.cuda()
+    base: Any = models.placed(models.load_base(forebear.folder if forebear and whole else base_folder, precision))
     base_seconds = time.monotonic() - begun
     hidden_size = int(base.config.get_text_config().hidden_size)
     micro_tokens = _micro_tokens(request, base, resumed)

@@ -191,7 +191,7 @@ def _load(options: argparse.Namespace, out: Out) -> tuple[Scheduler, Shelf, Gram
     from luthier.serve.scheduler import Scheduler
 
     torch.set_grad_enabled(False)
-    precision = options.precision or models.default_precision()
+    precision = options.precision or models.processor_precision()
     model = models.load_base(options.base, precision).eval().requires_grad_(False)
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     way = compute.choose(model, options.kv_tokens, options.prefix_mb * 2**20, memory)
