@@ -59,7 +59,7 @@ def keep_general(run: RunFolder, asked: dict[str, Any]) -> int:
 
 
 def carry_out(run: RunFolder, estimate: bool = False, rung: tuple[Fraction, bool] | None = None) -> int:
-    from luthier.engine.ranks import join
+    from luthier.engine.ranks import join, leave
     from luthier.engine.rung import Part
     from luthier.engine.train import train
 
@@ -73,6 +73,8 @@ def carry_out(run: RunFolder, estimate: bool = False, rung: tuple[Fraction, bool
     except LuthierError as error:  # the lock is held: that run's events are not ours to write
         print(error, file=sys.stderr)
         return error.exit_code
+    finally:
+        leave()
 
 
 def _told(run: RunFolder, work: Callable[[], None]) -> int:

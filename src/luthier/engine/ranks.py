@@ -20,6 +20,12 @@ def join() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def leave() -> None:
+    """Before the process ends: one that ends with its connections open may be aborted by a thread that serves them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _backend() -> str:
     """NCCL wants a GPU for each rank of a machine; gloo is content with less, and has to carry what lies on the CPU."""
     if not torch.cuda.is_available():
