@@ -29,7 +29,7 @@ def _sharing(stack: ExitStack) -> None:
 
 
 def _blocks(stack: ExitStack) -> None:
-    """Attention by one dense mask over the whole forest instead of causal and rectangular blocks."""
+    """Attention by one dense mask over the whole forest instead of the parts that are seen."""
     import torch
 
     from luthier.engine import attention
@@ -101,9 +101,17 @@ def _precision(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(setup, "_precision", other))
 
 
+def _kernels(stack: ExitStack) -> None:
+    """Torch's kernels only: attention in blocks that are merged, several passes between products."""
+    from luthier.engine import kernels
+
+    stack.enter_context(mock.patch.object(kernels, "able", return_value=False))
+
+
 RUNGS = {
     "sharing": _sharing,
     "packing": _packing,
+    "kernels": _kernels,
     "blocks": _blocks,
     "fused": _fused,
     "head": _head,

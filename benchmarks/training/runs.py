@@ -75,7 +75,8 @@ def engine_code() -> str:
     """Hash of the engine's sources: what `luthier` stands for in a result."""
     total = hashlib.sha256()
     for room in ("engine", "data"):
-        for path in sorted((ROOT / "src" / "luthier" / room).rglob("*.py")):
+        folder = ROOT / "src" / "luthier" / room
+        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.cpp")]):
             total.update(path.read_bytes())
     return total.hexdigest()[:10]
 

@@ -34,6 +34,10 @@ class Settings(BaseSettings):
     results: Literal["auto", "raw", "base64"] = Field(
         default="auto", description="How modern result files are served: base64 as OpenAI does, or raw CSV."
     )
+    kernels: Literal["auto", "torch"] = Field(
+        default="auto",
+        description="What computes on processors: kernels compiled here where they can be, or torch's only.",
+    )
     requests_per_minute: int = Field(default=3000, ge=1, description="Requests that one key may make in a minute.")
     max_file_bytes: int = Field(default=512 * 2**20, ge=1, description="Largest file that may be uploaded at once.")
     max_body_bytes: int = Field(default=8 * 2**20, ge=1, description="Largest JSON body.")

@@ -15,6 +15,8 @@ from torch import Tensor
 from luthier.engine import attention, blocks, forest
 from luthier.engine.forest import Forest
 
+pytestmark = pytest.mark.usefixtures("either_kernels")
+
 ROWS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=60), min_size=1, max_size=7)
 HEADS = st.sampled_from([(1, 1), (4, 1), (6, 2), (3, 3)])
 WINDOWS = st.sampled_from([None, 1, 2, 5, 16, 33, 1000])

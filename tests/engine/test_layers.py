@@ -18,6 +18,8 @@ from luthier.spec.job import make_request
 from tests.engine import runs
 from tests.engine.test_forest import Gradients, rows_of, same
 
+pytestmark = pytest.mark.usefixtures("either_kernels")
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
     "mistral": {"sliding_window": 9, "tie_word_embeddings": False},

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from luthier.engine import loss
 
+pytestmark = pytest.mark.usefixtures("either_kernels")
+
 
 class Model(nn.Module):
     """As much of a transformers model as the head looks at."""

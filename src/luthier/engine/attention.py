@@ -1,11 +1,12 @@
 """Tree attention: every token of a forest sees its ancestors and itself, as if its row were alone.
 
 `forest_attention` is registered with transformers under NAME; while a forest is `active`, a model whose attention
-implementation is NAME computes it. On CPU the queries of each segment meet its own keys in one causal kernel call, and
-those of all its descendants meet them in another (blocks.py); results are merged by log-sum-exp. The backward pass
-hands each block the merged output and log-sum-exp, which makes its gradient exact (the identity behind ring and cascade
-attention: Liu et al., 2023; Ye et al., 2024). GPUs do the same in fewer and larger calls (varlen.py), or, where their
-kernel cannot, use the dense masked twin, to which the tests hold all of it equal.
+implementation is NAME computes it. On CPUs a kernel of our own walks along it tile by tile (tiles.py, kernels.py).
+Where that cannot be, torch's is called: the queries of each segment meet its own keys in one causal call, and those of
+all its descendants meet them in another (blocks.py); results are merged by log-sum-exp. The backward pass hands each
+block the merged output and log-sum-exp, which makes its gradient exact (the identity behind ring and cascade attention:
+Liu et al., 2023; Ye et al., 2024). GPUs do the same in fewer and larger calls (varlen.py), or, where their kernel
+cannot, use the dense masked twin, to which the tests hold all of it equal.
 
 Shapes: query [1, H, T, D], key and value [1, H_kv, T, D], output [1, T, H, D]. Does not know: models, losses.
 """
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from luthier.engine import blocks as planning
-from luthier.engine import varlen
+from luthier.engine import kernels, varlen
 from luthier.engine.blocks import Block
 from luthier.engine.forest import Forest
+from luthier.engine.tiles import Tiles
 from luthier.spec.errors import BadSetting
 
 NAME = "luthier_forest"
@@ -55,7 +57,7 @@ class Trunk:
 
 @dataclass
 class Plan:
-    """A forest's blocks, or its masks, made once for each window size and used by every layer."""
+    """A forest's tiles, blocks or masks, made once for each window size and used by every layer."""
 
     forest: Forest
     device: torch.device
@@ -63,6 +65,7 @@ class Plan:
     becomes: Trunk | None = None  # which the forest is: what its layers compute is kept, what comes back is added
     positions: Tensor = field(init=False)
     calls: int = 0
+    _tiles: dict[int | None, Tiles] = field(default_factory=dict)
     _blocks: dict[int | None, list[tuple[Block, Tensor | None]]] = field(default_factory=dict)
     _calls: dict[int | None, list[varlen.Call]] = field(default_factory=dict)
     _dense: dict[int | None, Tensor] = field(default_factory=dict)
@@ -74,6 +77,12 @@ class Plan:
     def before(self) -> int:
         """Keys of the trunk, which come before the forest's own."""
         return self.trunk.length if self.trunk else 0
+
+    def tiles(self, window: int | None) -> Tiles:
+        """The forest's tiles (tiles.py)."""
+        if window not in self._tiles:
+            self._tiles[window] = Tiles.of(self.forest.segments, self.forest.positions, window, self.before)
+        return self._tiles[window]
 
     def blocks(self, window: int | None) -> list[tuple[Block, Tensor | None]]:
         """The forest's blocks and their masks (blocks.py)."""
@@ -211,9 +220,13 @@ def forward(
         output, lse = varlen.forward(_flat(query), _flat(key), _flat(value), plan.sequences(window), scale)
         output = output.transpose(0, 1)[None]
         return output, Saved(query, key, value, output, lse[None], plan, window, scale)
+    if _by_tiles(query, key, value):
+        output, lse = kernels.attention(query.float(), key.float(), value.float(), plan.tiles(window), scale)
+        output = output.to(query.dtype)
+        return output, Saved(query, key, value, output, lse, plan, window, scale)
     planned = plan.blocks(window)
     merging = any(not block.causal for block, _ in planned)
-    output = _tokens_first(query, torch.float32 if merging else query.dtype)
+    output = kernels.tokens_first(query, torch.float32 if merging else query.dtype)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32)
     for block, mask in planned:
         part, part_lse = _forward(
@@ -249,9 +262,22 @@ def backward(grad_output: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]
         found = varlen.backward(*flat, lse[0], plan.sequences(window), scale)
         first, second, third = (one.transpose(0, 1)[None] for one in found)
         return first, second, third
+    if _by_tiles(query, key, value):
+        found = kernels.attention_backward(
+            _in_rows(grad_output).float(),
+            query.float(),
+            key.float(),
+            value.float(),
+            output.float(),
+            lse,
+            plan.tiles(window),
+            scale,
+        )
+        first, second, third = (grad.to(query.dtype) for grad in found)
+        return first, second, third
     planned = plan.blocks(window)
     adding = any(not block.causal for block, _ in planned)
-    grads = [_tokens_first(tensor, torch.float32 if adding else query.dtype) for tensor in (query, key, value)]
+    grads = [kernels.tokens_first(tensor, torch.float32 if adding else query.dtype) for tensor in (query, key, value)]
     for grad in grads[1:]:  # all others have a block of their own, which comes first
         grad[:, :, : plan.before] = 0
     for block, mask in planned:
@@ -281,15 +307,22 @@ def backward(grad_output: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]
     return first, second, third
 
 
+def _by_tiles(*tensors: Tensor) -> bool:
+    """Whether our kernel computes these. Of bfloat16 it makes float32 first, which pays (docs/experiments.md) but
+    where torch's kernel multiplies bfloat16 in tiles of the processor's own."""
+    if not kernels.fits(*tensors):
+        return False
+    return tensors[0].dtype == torch.float32 or not torch.cpu.get_capabilities().get("amx_bf16")
+
+
+def _in_rows(tensor: Tensor) -> Tensor:
+    """A gradient may come expanded, or with its last dimension in pieces."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """A view of [1, H, T, D] as [T, H, D]."""
     return tensor[0].transpose(0, 1)
-
-
-def _tokens_first(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for [1, H, T, D] that lies in memory as [T, H, D]."""
-    _, heads, tokens, size = like.shape
-    return torch.empty(tokens, heads, size, dtype=dtype).transpose(0, 1)[None]
 
 
 def _rows(tensor: Tensor, block: Block) -> Tensor:

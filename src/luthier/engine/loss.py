@@ -4,7 +4,7 @@ The normaliser is an argument everywhere: the sum of weights over the whole opti
 ranks, so that accumulation equals one big batch. The head runs at target positions only, a slice at a time, and each
 slice's gradient is taken at once, so logits never exist for more than one slice. Where logits are a plain product the
 gradient is made in their place, softmax less target: one exponential for each, and no memory that the next slice does
-not use again.
+not use again; on processors by a kernel of our own where there is one (kernels.py).
 
 Shapes: N targets, V vocabulary, H hidden size. Does not know: forests, optimizers.
 """
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from luthier.engine import kernels
 
 # Logits in one slice: 64 MiB in float32; on a GPU 512, or its products would have a hundred rows of a large vocabulary.
 SLICE_ELEMENTS, SLICE_ELEMENTS_GPU = 16 * 1024 * 1024, 128 * 1024 * 1024
@@ -114,18 +116,12 @@ def _in_place(
     room = hidden.new_empty(max((part.stop - part.start for part in parts), default=0), len(matrix))
     for part in parts:
         product = torch.mm(hidden[part], matrix.t(), out=room[: part.stop - part.start])
-        logits, wanted, weight = product.float(), targets[part, None], weights[part, None]
-        aim = logits.gather(1, wanted)
-        if smoothing:
-            aim = (1 - smoothing) * aim + smoothing * logits.mean(dim=-1, keepdim=True)
-        top, likeliest = logits.max(dim=-1, keepdim=True)
-        right[part] = (likeliest == wanted)[:, 0]
-        total = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
-        losses.append(((total.log() + top - aim) * weight).sum())
-        logits.mul_(weight / total)
-        if smoothing:
-            logits.sub_(weight * (smoothing / len(matrix)))
-        logits.scatter_add_(1, wanted, weight * (smoothing - 1))
+        logits = product.float()
+        if kernels.fits(logits):
+            found, right[part] = kernels.cross_entropy(logits, targets[part], weights[part], smoothing)
+            losses.append(found.sum())
+        else:
+            losses.append(_into_gradient(logits, targets[part, None], weights[part, None], smoothing, right[part]))
         if logits is not product:
             product.copy_(logits)
         torch.mm(product, matrix, out=gradient[part])
@@ -134,6 +130,23 @@ def _in_place(
                 matrix.grad = torch.zeros_like(matrix)
             matrix.grad.addmm_(product.t(), hidden[part])
     return losses, right, gradient
+
+
+def _into_gradient(logits: Tensor, wanted: Tensor, weight: Tensor, smoothing: float, right: Tensor) -> Tensor:
+    """Logits [N, V] into the gradient of their weighted loss, which is returned; wanted and weight [N, 1]. `right`
+    [N]: whether the target was the most likely."""
+    aim = logits.gather(1, wanted)
+    if smoothing:
+        aim = (1 - smoothing) * aim + smoothing * logits.mean(dim=-1, keepdim=True)
+    top, likeliest = logits.max(dim=-1, keepdim=True)
+    torch.eq(likeliest, wanted, out=right[:, None])
+    total = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
+    loss = ((total.log() + top - aim) * weight).sum()
+    logits.mul_(weight / total)
+    if smoothing:
+        logits.sub_(weight * (smoothing / logits.shape[1]))
+    logits.scatter_add_(1, wanted, weight * (smoothing - 1))
+    return loss
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.engine import machine, step
+from luthier.engine import kernels, machine, native, step
 from luthier.engine.forest import Forest
 from luthier.engine.setup import Ready
 from luthier.settings import load_settings
@@ -179,7 +179,8 @@ def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def _key(ready: Ready) -> str:
     """What decides how long the same work takes: machine, base, method, and our code."""
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    code.update(kernels.absent().encode())
+    for path in sorted([*Path(__file__).parent.glob("*.py"), native.SOURCE]):
         code.update(path.read_bytes())
     shapes = [(name, list(value.shape)) for name, value in ready.masters.values.items()]
     parts = [

@@ -1,8 +1,9 @@
 """What a decoder layer does between its matrix products, forward and backward: norms, rotation, gated activations.
 
-Pure functions of tensors, computed in float32 and rounded once, in slices of rows small enough to stay in a core's
-cache: these passes are bound by memory, not by arithmetic. Rows are tokens; the last dimension is normalised or
-rotated. GPUs take all rows at once, and torch has norms of one kernel for them.
+Pure functions of tensors, computed in float32 and rounded once. These passes are bound by memory, not by arithmetic:
+kernels of our own go over it once (kernels.py); where there are none, torch's go over slices of rows small enough to
+stay in a core's cache. Rows are tokens; the last dimension is normalised or rotated. GPUs take all rows at once, and
+torch has norms of one kernel for them.
 Does not know: weights that learn, attention, forests.
 """
 
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from luthier.engine import kernels
 
 # Elements of a slice: 128 rows of 2,048 in float32 are 1 MiB, one core's second-level cache on most machines.
 SLICE = 128 * 2048
@@ -41,6 +44,9 @@ def norm(rows: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
         out.copy_(made)
         return inverse  # type: ignore[no-any-return]
     inverse = torch.empty((*rows.shape[:-1], 1), dtype=torch.float32, device=rows.device)
+    if kernels.fits(rows, out):
+        kernels.norm(rows, weight, epsilon, inverse, False, out)
+        return inverse
     for part in slices(rows):
         values = rows[part].float()
         torch.linalg.vector_norm(values, dim=-1, keepdim=True, out=inverse[part])
@@ -52,6 +58,9 @@ def norm(rows: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
 
 def norm_again(rows: Tensor, weight: Tensor, inverse: Tensor, out: Tensor) -> None:
     """`norm` once more, its inverse root mean squares being known."""
+    if kernels.fits(rows, out):
+        kernels.norm(rows, weight, 0.0, inverse, True, out)
+        return
     for part in slices(rows):
         made = _wide(out[part])
         _into(out[part], torch.mul(rows[part], inverse[part], out=made).mul_(weight))
@@ -76,6 +85,9 @@ def norm_backward(
         if weight_grad is not None:
             weight_grad += own
         out.copy_(into if plus is None else into.add_(plus))
+        return
+    if kernels.fits(grad, rows, out, *(() if plus is None else (plus,))):
+        kernels.norm_backward(grad, rows, weight, inverse, out, plus, weight_grad)
         return
     for part in slices(rows):
         values = rows[part].float()
@@ -104,6 +116,9 @@ def _into(place: Tensor, made: Tensor) -> None:
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Rotary embedding (Su et al., 2021) of `heads` [T, N, D] into `out`; cos, sin [T, 1, D/2]. `-sin` turns back."""
+    if kernels.fits(heads, cos, out):
+        kernels.rotate(heads, cos, sin, out)
+        return
     half = heads.shape[-1] // 2
     for part in slices(heads):
         first, second = (side.float() for side in heads[part].split(half, dim=-1))
@@ -119,8 +134,12 @@ class Gate:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     options: dict[str, Any]
+    gelu: bool | None  # by its tanh; None: a gate that our kernels do not have
 
     def apply(self, gate: Tensor, up: Tensor, out: Tensor) -> None:
+        if self.gelu is not None and kernels.fits(gate, up, out):
+            kernels.gated(self.gelu, gate, up, out)
+            return
         for part in slices(gate):
             self.forward(gate[part], **self.options, out=out[part])
             out[part].mul_(up[part])
@@ -128,6 +147,9 @@ class Gate:
     def back(self, grad: Tensor, gate: Tensor, up: Tensor, gated: Tensor | None) -> None:
         """Puts the gradients of gate and up in their places; `grad` is used up. `gated`, if wanted, is act(gate) * up
         again."""
+        if self.gelu is not None and kernels.fits(grad, gate, up, *(() if gated is None else (gated,))):
+            kernels.gated_backward(self.gelu, grad, gate, up, gated)
+            return
         for part in slices(gate):
             acted = self.forward(gate[part], **self.options, out=torch.empty_like(gate[part]))
             if gated is not None:
@@ -139,7 +161,7 @@ class Gate:
 
 
 GATES: dict[str, Gate] = {
-    "silu": Gate(_silu, _silu_backward, {}),
-    "gelu": Gate(_gelu, _gelu_backward, {"approximate": "none"}),
-    "gelu_pytorch_tanh": Gate(_gelu, _gelu_backward, {"approximate": "tanh"}),
+    "silu": Gate(_silu, _silu_backward, {}, False),
+    "gelu": Gate(_gelu, _gelu_backward, {"approximate": "none"}, None),
+    "gelu_pytorch_tanh": Gate(_gelu, _gelu_backward, {"approximate": "tanh"}, True),
 }

@@ -30,6 +30,7 @@ from luthier.engine import (
     catalogue,
     classify,
     forest,
+    kernels,
     layers,
     models,
     parent,
@@ -139,6 +140,7 @@ def make_ready(
         "stop_ids": list(renderer.stop_ids),
         "data": {"files": prepared.files, "rows": train.digest()},
         "validation": {"rows": validation.digest() if validation else None},
+        "kernels": kernels.choose((resumed or {}).get("kernels"), emit),
     }
     if resumed is not None:
         agreement.require(resumed, spec)

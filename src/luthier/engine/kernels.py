@@ -1,0 +1,236 @@
+"""Kernels of our own for processors (native.cpp), as functions of tensors.
+
+Where there are none, or where a first trial of them differs from float64, torch's kernels compute everything, and
+`absent` says why. What `fits` refuses is torch's to do.
+
+Shapes: T tokens, H heads, D a head's size. Does not know: autograd, forests, models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luthier.engine import native
+from luthier.engine.tiles import KEYS, Tiles
+
+WIDTH = 16  # numbers: what the widest processors compute at once, so every row has to be a multiple of it
+TRIAL = 2e-5  # most that may lie between our attention and float64's, of numbers about 1
+
+
+def able() -> bool:
+    """Whether there are kernels of our own on this machine; makes them, if need be."""
+    return not absent()
+
+
+@functools.cache
+def absent() -> str:
+    """Why there are none; empty where there are."""
+    library, reason = _loaded()
+    if library is not None and not (off := _tried()) < TRIAL:
+        return f"as compiled here they are off by {off:.1e}"
+    return reason
+
+
+def choose(before: str | None, emit: Callable[..., None]) -> str:
+    """Whose kernels a run computes with, "own" or "torch", which it is told where they are slower, or not those of
+    `before` it was broken off."""
+    if torch.cuda.is_available():
+        return "torch"
+    if reason := absent():
+        emit("phase", name="load", message=f"Torch's kernels do all of the work, which is slower: {reason}")
+    now = "torch" if reason else "own"
+    if before not in (None, now):
+        names = {"own": "our", "torch": "torch's"}
+        message = f"The run began with {names.get(str(before), before)} kernels and goes on with {names[now]}"
+        emit("warning", message=f"{message}: the last bits of its numbers may differ.", hint="")
+    return now
+
+
+@functools.cache
+def _loaded() -> tuple[Any, str]:
+    try:
+        return ctypes.CDLL(str(native.built())), ""
+    except (native.Unavailable, OSError) as error:
+        return None, str(error)
+
+
+def _library() -> Any:
+    return _loaded()[0]
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether our kernels take these: on the CPU, float32 or bfloat16, rows in one piece and of whole vectors."""
+    return able() and all(
+        tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.bfloat16)
+        and tensor.shape[-1] % WIDTH == 0
+        and tensor.stride(-1) == 1
+        for tensor in tensors
+    )
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, scale: float) -> tuple[Tensor, Tensor]:
+    """(output [1, H, T, D], which lies in memory tokens first, log-sum-exp of the scores [1, H, T]); float32 inputs
+    that `fits` has passed, keys and values with those of the trunk in front."""
+    plan = _plan(query, key, tiles, scale)
+    output = tokens_first(query)
+    lse = torch.empty(query.shape[:-1])
+    panels = torch.empty(key.shape[1] * len(tiles.keys) * KEYS * query.shape[-1])
+    _library().attention(ctypes.byref(plan), *map(_heads, (query, key, value, output)), _at(lse), _at(panels))
+    return output, lse
+
+
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, tiles: Tiles, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from that of the output, shaped as they are, in memory tokens first."""
+    plan = _plan(query, key, tiles, scale)
+    into = tokens_first(query), tokens_first(key), tokens_first(value)
+    panels = torch.empty(2 * key.shape[1] * len(tiles.keys) * KEYS * query.shape[-1])
+    sums = torch.empty(plan.threads * 2 * key.numel())
+    _library().attention_backward(
+        ctypes.byref(plan),
+        *map(_heads, (query, key, value, output, grad)),
+        _at(lse),
+        *map(_heads, into),
+        _at(panels),
+        _at(sums),
+    )
+    return into
+
+
+def norm(rows: Tensor, weight: Tensor, epsilon: float, inverse: Tensor, known: bool, out: Tensor) -> None:
+    """RMSNorm of rows [T, ..., D] (of two or three dimensions); `inverse` is made, unless it is `known`."""
+    _library().norm(_shape(rows), _rows(rows), _at(weight), ctypes.c_float(epsilon), _at(inverse), known, _rows(out))
+
+
+def norm_backward(
+    grad: Tensor, rows: Tensor, weight: Tensor, inverse: Tensor, out: Tensor, plus: Tensor | None, own: Tensor | None
+) -> None:
+    """The gradient of rows, and `plus`, into `out`; that of the weight is added to `own`."""
+    shape = _shape(rows)
+    shares = None if own is None else torch.empty(shape.threads, len(own))
+    _library().norm_backward(
+        shape,
+        _rows(grad),
+        _rows(rows),
+        _at(weight),
+        _at(inverse),
+        _rows(plus),
+        _rows(out),
+        None if shares is None else _at(shares),
+    )
+    if own is not None and shares is not None:
+        own += shares.sum(0)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Rotary embedding of heads [T, N, D]; cos and sin [T, 1, D/2]."""
+    _library().rotate(_shape(heads), _rows(heads), _at(cos), _at(sin), _rows(out))
+
+
+def gated(gelu: bool, gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """act(gate) * up, [T, N]: SiLU, or GELU by its tanh."""
+    _library().gated(gelu, _shape(gate), *map(_rows, (gate, up, out)))
+
+
+def gated_backward(gelu: bool, grad: Tensor, gate: Tensor, up: Tensor, again: Tensor | None) -> None:
+    """Gradients into the places of gate and up; act(gate) * up into `again`."""
+    _library().gated_backward(gelu, _shape(gate), *map(_rows, (grad, gate, up, again)))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] (float32) into the gradient of their weighted loss, [N]; (losses [N], whether right [N])."""
+    losses, right = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.bool)
+    _library().cross_entropy(
+        _shape(logits),
+        _at(logits),
+        _at(targets),
+        _at(weights),
+        ctypes.c_float(smoothing),
+        _at(losses),
+        _at(right),
+    )
+    return losses, right
+
+
+def tokens_first(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for [1, H, T, D] that lies in memory as [T, H, D]."""
+    _, heads, tokens, size = like.shape
+    return torch.empty(tokens, heads, size, dtype=dtype).transpose(0, 1)[None]
+
+
+def _plan(query: Tensor, key: Tensor, tiles: Tiles, scale: float) -> _Plan:
+    return _Plan(
+        *(array.ctypes.data for array in (tiles.queries, tiles.keys, tiles.visits)),
+        *(len(tiles.queries), len(tiles.keys), query.shape[2], key.shape[2], query.shape[1], key.shape[1]),
+        *(query.shape[3], tiles.window or 0),
+        scale,
+        torch.get_num_threads(),
+    )
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _heads(tensor: Tensor) -> _Heads:
+    return _Heads(tensor.data_ptr(), tensor.stride(2), tensor.stride(1))
+
+
+def _rows(tensor: Tensor | None) -> _Rows:
+    if tensor is None:
+        return _Rows()
+    inner = tensor.stride(1) if tensor.dim() > 2 else 0
+    return _Rows(tensor.data_ptr(), tensor.stride(0), inner, tensor.dtype == torch.bfloat16)
+
+
+def _shape(tensor: Tensor) -> _Shape:
+    inner = tensor.shape[1] if tensor.dim() > 2 else 1
+    return _Shape(tensor.shape[0], inner, tensor.shape[-1], torch.get_num_threads())
+
+
+def _tried() -> float:
+    """How far a small attention, forward and backward, is off float64's."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, size = 100, 32
+    query, key, value, grad = (torch.randn(1, heads, tokens, size, generator=generator) for heads in (2, 1, 1, 2))
+    tiles = Tiles.of([(0, tokens, -1)], np.arange(tokens), None, 0)
+    output, lse = attention(query, key, value, tiles, size**-0.5)
+    found = (output, *attention_backward(grad, query, key, value, output, lse, tiles, size**-0.5))
+    with torch.inference_mode(False), torch.enable_grad():
+        first, second, third = wide = [tensor.double().clone().requires_grad_() for tensor in (query, key, value)]
+        exact = torch.nn.functional.scaled_dot_product_attention(first, second, third, is_causal=True, enable_gqa=True)
+        wanted = (exact.detach(), *torch.autograd.grad(exact, wide, grad.double()))
+    return max(float((one - other).abs().max()) for one, other in zip(found, wanted, strict=True))
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("token", ctypes.c_int64), ("head", ctypes.c_int64)]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("outer", ctypes.c_int64), ("inner", ctypes.c_int64), ("half", ctypes.c_int64)]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_int64) for name in ("outer", "inner", "width")), ("threads", ctypes.c_int64)]
+
+
+_SIZES = ("query_tiles", "key_tiles", "query_tokens", "key_tokens", "heads", "key_heads", "width", "window")
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("queries", "keys", "visits")),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    ]
