@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from luthier.engine import kernels
 
-# Logits in one slice: 64 MiB in float32; on a GPU 512, or its products would have a hundred rows of a large vocabulary.
-SLICE_ELEMENTS, SLICE_ELEMENTS_GPU = 16 * 1024 * 1024, 128 * 1024 * 1024
+# Logits in one slice: 128 MiB in float32; on a GPU 512. With fewer rows a product reads the vocabulary's matrix too
+# often: with 262,144 tokens, 64 rows at a time took a quarter longer than 128 do (docs/experiments.md).
+SLICE_ELEMENTS, SLICE_ELEMENTS_GPU = 32 * 1024 * 1024, 128 * 1024 * 1024
 
 
 def supervised(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
