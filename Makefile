@@ -79,9 +79,9 @@ size: ## lines of code per room
 	@printf '%-24s %6s %7s %8s\n' "" files lines longest
 	@for room in src/luthier src/luthier/*/ tests tests/*/ examples/*/; do \
 	  case $$room in *__pycache__*) continue;; *[a-z]/) depth=9;; *) depth=1;; esac; \
-	  find $$room -maxdepth $$depth -name '*.py' -exec cat {} + | wc -l | { read lines; \
-	  files=$$(find $$room -maxdepth $$depth -name '*.py' | wc -l); \
-	  longest=$$(find $$room -maxdepth $$depth -name '*.py' -exec wc -l {} \; | sort -rn | awk 'NR==1{print $$1}'); \
+	  find $$room -maxdepth $$depth \( -name '*.py' -o -name '*.cpp' \) -exec cat {} + | wc -l | { read lines; \
+	  files=$$(find $$room -maxdepth $$depth \( -name '*.py' -o -name '*.cpp' \) | wc -l); \
+	  longest=$$(find $$room -maxdepth $$depth \( -name '*.py' -o -name '*.cpp' \) -exec wc -l {} \; | sort -rn | awk 'NR==1{print $$1}'); \
 	  printf '%-24s %6d %7d %8d\n' $$room $$files $$lines $${longest:-0}; }; \
 	done
 

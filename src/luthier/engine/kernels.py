@@ -67,13 +67,14 @@ def _library() -> Any:
 
 def fits(*tensors: Tensor) -> bool:
     """Whether our kernels take these: on the CPU, float32 or bfloat16, rows in one piece and of whole vectors."""
-    return able() and all(
+    fitting = all(
         tensor.device.type == "cpu"
         and tensor.dtype in (torch.float32, torch.bfloat16)
         and tensor.shape[-1] % WIDTH == 0
         and tensor.stride(-1) == 1
         for tensor in tensors
     )
+    return fitting and able()  # in this order: a GPU's work asks for no compiler
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, scale: float) -> tuple[Tensor, Tensor]:
