@@ -118,8 +118,8 @@ class Loop:
     def go(self, start: int, part: Part | None = None) -> None:
         """Take the steps after `start`: all, or a part of them, with the schedule of all either way."""
         self.step, self.told = start, forecast.told(self.run)
-        machine.trim()  # what loading took and no longer needs
         if self.told:
+            machine.trim()
             resting = machine.memory_now()
             self.room = resting + FULL * (self.told.peak_memory_bytes - resting)
         if part is not None:
