@@ -38,14 +38,17 @@ def absent() -> str:
     return reason
 
 
+def whose() -> str:
+    """Whose kernels compute here, "own" or "torch": on a GPU torch's, and no compiler is asked for."""
+    return "own" if not torch.cuda.is_available() and able() else "torch"
+
+
 def choose(before: str | None, emit: Callable[..., None]) -> str:
-    """Whose kernels a run computes with, "own" or "torch", which it is told where they are slower, or not those of
-    `before` it was broken off."""
-    if torch.cuda.is_available():
-        return "torch"
-    if reason := absent():
-        emit("phase", name="load", message=f"Torch's kernels do all of the work, which is slower: {reason}")
-    now = "torch" if reason else "own"
+    """Whose kernels a run computes with, which it is told where they are slower, or not those of `before` it was
+    broken off."""
+    now = whose()
+    if now == "torch" and not torch.cuda.is_available():
+        emit("phase", name="load", message=f"Torch's kernels do all of the work, which is slower: {absent()}")
     if before not in (None, now):
         names = {"own": "our", "torch": "torch's"}
         message = f"The run began with {names.get(str(before), before)} kernels and goes on with {names[now]}"

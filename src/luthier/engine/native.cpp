@@ -2,8 +2,8 @@
 // its matrix products as one pass over memory. native.py compiles this on the machine it runs on, kernels.py calls it; the
 // same in torch (attention.py, pointwise.py, loss.py) is what runs where it cannot, and what the tests hold it to.
 //
-// All arithmetic is float32, on vectors of W numbers that the compiler maps to the processor's. Threads share no sums,
-// and who computes what depends on their number only, so results are repeatable to the bit.
+// All arithmetic is float32, on vectors of W numbers that the compiler maps to the processor's. No sum depends on which
+// thread is first, only on how many there are, so results are repeatable to the bit.
 // Does not know: torch, autograd, models.
 
 #include <algorithm>
@@ -181,6 +181,17 @@ static void hide(const Plan& plan, const QueryTile& queries, const KeyTile& keys
     }
 }
 
+// Scores [queries, KEYS] of a visit, from scaled queries and the panels of keys; how many of the tile's keys are seen.
+static inline int score(const Plan& plan, const QueryTile& queries, const Visit& visit, size key_head, const float* asked,
+                        float* panels, float* scores) {
+    const KeyTile& keys = plan.keys[visit.tile];
+    const int width = (int)plan.width, seen = reach(queries, keys, visit.own), wide = padded(seen);
+    product(queries.count, width, wide, asked, width, 1, plan.panel_of(panels, key_head, visit.tile), KEYS, scores, KEYS,
+            false);
+    hide(plan, queries, keys, visit.own, wide, scores);
+    return seen;
+}
+
 // Keys (or values) of each tile as [D, KEYS], zeros after the last.
 static void turn(const Plan& plan, Heads from, float* panels) {
 #pragma omp parallel for collapse(2) schedule(static) num_threads(plan.threads)
@@ -223,10 +234,7 @@ extern "C" void attention(const Plan* given, Heads query, Heads key, Heads value
             for (int at = queries.first; at < queries.last; at++) {
                 const Visit& visit = plan.visits[at];
                 const KeyTile& keys = plan.keys[visit.tile];
-                const int seen = reach(queries, keys, visit.own), wide = padded(seen);
-                product(queries.count, width, wide, asked, width, 1, plan.panel_of(panels, key_head, visit.tile),
-                        KEYS, scores, KEYS, false);
-                hide(plan, queries, keys, visit.own, wide, scores);
+                const int seen = score(plan, queries, visit, key_head, asked, panels, scores), wide = padded(seen);
                 for (int r = 0; r < queries.count; r++) {
                     float *row = scores + r * KEYS, *sums = mixed + r * width;
                     vec best = load(row);
@@ -310,10 +318,7 @@ extern "C" void attention_backward(const Plan* given, Heads query, Heads key, He
             for (int at = queries.first; at < queries.last; at++) {
                 const Visit& visit = plan.visits[at];
                 const KeyTile& keys = plan.keys[visit.tile];
-                const int seen = reach(queries, keys, visit.own), wide = padded(seen);
-                product(queries.count, width, wide, asked, width, 1, plan.panel_of(panels, key_head, visit.tile),
-                        KEYS, shares, KEYS, false);
-                hide(plan, queries, keys, visit.own, wide, shares);
+                const int seen = score(plan, queries, visit, key_head, asked, panels, shares), wide = padded(seen);
                 product(queries.count, width, wide, grads, width, 1,
                         plan.panel_of(value_panels, key_head, visit.tile), KEYS, slopes, KEYS, false);
                 for (int r = 0; r < queries.count; r++) {

@@ -38,7 +38,7 @@ def built() -> Path:
         raise Unavailable(f"they are made for Linux on x86-64, not {sys.platform} on {platform.machine()}")
     if not torch.cpu.get_capabilities().get("avx2"):
         raise Unavailable("the processor has no AVX2")
-    compiler = shutil.which("g++") or shutil.which("clang++")
+    compiler = shutil.which("g++")
     if compiler is None:
         raise Unavailable("no C++ compiler was found: g++ makes them in seconds, once")
     source = SOURCE.read_bytes()
