@@ -96,7 +96,10 @@ def test_rotation_is_torchs_and_turns_back(rows: int, heads: int, width: int, dt
     pointwise.rotate(ours, cos, -sin, back)
     with by_torch():
         pointwise.rotate(x, cos, sin, theirs)
-    assert near(ours, theirs) and near(back, x)
+        pointwise.rotate(back, cos, sin, back)
+    assert near(ours, theirs) and near(back, ours)
+    pointwise.rotate(back, cos, -sin, back)
+    assert near(back, x)
 
 
 @here

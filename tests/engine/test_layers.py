@@ -185,6 +185,55 @@ def test_parameters_are_the_matrix() -> None:
     assert step.self_check(model, rows) < 1e-5
 
 
+def kept(outputs: torch.Tensor, without: Any) -> int:
+    """Bytes of all that the graph behind `outputs` keeps for the way back, but for the weights of `without`."""
+    seen: dict[int, int] = {}
+    nodes, found = [outputs.grad_fn], set()
+
+    def count(thing: Any) -> None:
+        if isinstance(thing, torch.Tensor):
+            seen[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, (list, tuple)):
+            for part in thing:
+                count(part)
+
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in found:
+            continue
+        found.add(node)
+        count([getattr(node, name) for name in dir(node) if name.startswith("_saved") or name == "saved_tensors"])
+        count(list(getattr(node, "__dict__", {}).values()))
+        nodes += [before for before, _ in node.next_functions]
+    for weight in without.parameters():
+        seen.pop(weight.untyped_storage().data_ptr(), None)
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("shared", [0, 24])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_what_a_layer_keeps_of_a_token(family: str, shared: int) -> None:
+    """Its inputs, one product each, attention's output and log-sum-exp, the LoRA branches' few columns, and nothing
+    twice: not queries and keys as they were before they were turned, nor those of a trunk behind each forest."""
+    rows = rows_of([8, 5, 9], prefix=24, seed=4)
+    held = []
+    for count in (2, 3):
+        more = {"layer_types": ["full_attention"] * count} if family == "gemma3_text" else {}
+        model = adapted(make(family, num_hidden_layers=count, num_key_value_heads=2, **more))
+        assert layers.fuse(step.inner(model)) is None
+        trunk = attention.Trunk(shared) if shared else None
+        tree = forest.build([(ids[shared:], weights[shared:]) for ids, weights in rows], begin=shared)
+        if trunk is not None:
+            above = forest.trunk(rows, [0, 1, 2], shared)
+            beginning = step.hidden_states(model, above, becomes=trunk)  # noqa: F841, as long as it lives
+        held.append(kept(step.hidden_states(model, tree, trunk=trunk), model))
+    hidden, inner, heads, keys, size, ranks = 32, 48, 4, 2, 8, 7 * 3
+    numbers = 2 * hidden + (heads + 2 * keys) * size + heads * size + heads + 2 * inner + ranks + 2
+    if family == "gemma3_text":  # with norms of heads, and norms that close
+        numbers += (heads + keys) * size + (heads + keys) + 2 * hidden + 2
+    assert held[1] - held[0] == 4 * numbers * tree.tokens
+
+
 def test_nothing_is_computed_below_the_lowest_learning_weight() -> None:
     """Frozen layers under it leave no trace in the graph, and the first learning layer gives its input no gradient."""
     model = adapted(make("llama", num_hidden_layers=3), "freeze:1")

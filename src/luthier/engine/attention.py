@@ -48,8 +48,8 @@ class Trunk:
     sent: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def send(self, layer: int, *grads: Tensor) -> None:
-        if layer not in self.sent:
-            self.sent[layer] = [grad.float() for grad in grads]
+        if layer not in self.sent:  # copies: a part of a gradient would keep all of it
+            self.sent[layer] = [grad.to(torch.float32, copy=True) for grad in grads]
             return
         for total, grad in zip(self.sent[layer], grads, strict=True):
             total += grad
@@ -342,6 +342,15 @@ def _seen(tensor: Tensor, block: Block) -> Tensor:
     return _keys(tensor, block).expand(block.parts, -1, -1, -1)
 
 
+def _continued(plan: Plan, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values behind those of the trunk, if there is one: put together anew for each pass, as both of each
+    layer would be a good part of what is kept."""
+    if plan.trunk is None:
+        return key, value
+    before_key, before_value = plan.trunk.kept[layer]
+    return torch.cat([before_key, key], dim=2), torch.cat([before_value, value], dim=2)
+
+
 class _ForestAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -349,18 +358,17 @@ class _ForestAttention(torch.autograd.Function):
     ) -> Tensor:
         if plan.becomes is not None:
             plan.becomes.kept.append((key.detach(), value.detach()))
-        if plan.trunk is not None:
-            key, value = (torch.cat(both, dim=2) for both in zip(plan.trunk.kept[layer], (key, value), strict=True))
-        output, saved = forward(query, key, value, plan, window, scale)
-        ctx.save_for_backward(*saved[:5])
+        output, saved = forward(query, *_continued(plan, layer, key, value), plan, window, scale)
+        ctx.save_for_backward(query, key, value, output, saved.lse)
         ctx.rest, ctx.layer = saved[5:], layer
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = Saved(*ctx.saved_tensors, *ctx.rest)
-        into_query, *others = backward(grad, saved)
-        plan, layer = saved.plan, ctx.layer
+        query, key, value, output, lse = ctx.saved_tensors
+        plan, layer = ctx.rest[0], ctx.layer
+        key, value = _continued(plan, layer, key, value)
+        into_query, *others = backward(grad, Saved(query, key, value, output, lse, *ctx.rest))
         if plan.trunk is not None:
             plan.trunk.send(layer, *(part[:, :, : plan.before] for part in others))
             others = [part[:, :, plan.before :] for part in others]

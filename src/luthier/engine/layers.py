@@ -203,15 +203,12 @@ class _Inward(torch.autograd.Function):
             normal = [torch.empty_like(heads) for heads in plain[:2]]
             kept = [norm.forward(*pair) for norm, *pair in zip(layer.head_norms, plain[:2], normal, strict=True)]
             query, key = normal
-            turned = [torch.empty_like(heads) for heads in normal]
-        else:
-            turned = list(layer.split(torch.empty_like(joined))[:2])
-        for heads, out in zip((query, key), turned, strict=True):
-            pointwise.rotate(heads, cos, sin, out)
+        for heads in (query, key):
+            pointwise.rotate(heads, cos, sin, heads)
         ctx.save_for_backward(states)
         ctx.layer, ctx.turn = layer, (cos, sin)
         ctx.kept = (inverse, low, joined if layer.head_norms else None, kept)
-        return (*turned, value, states)
+        return query, key, value, states
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -115,7 +115,8 @@ def _into(place: Tensor, made: Tensor) -> None:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Rotary embedding (Su et al., 2021) of `heads` [T, N, D] into `out`; cos, sin [T, 1, D/2]. `-sin` turns back."""
+    """Rotary embedding (Su et al., 2021) of `heads` [T, N, D] into `out`, which may be `heads`; cos, sin [T, 1, D/2].
+    `-sin` turns back."""
     if kernels.fits(heads, cos, out):
         kernels.rotate(heads, cos, sin, out)
         return
@@ -123,8 +124,9 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     for part in slices(heads):
         first, second = (side.float() for side in heads[part].split(half, dim=-1))
         left, right = out[part].split(half, dim=-1)
-        left.copy_((first * cos[part]).addcmul_(second, sin[part], value=-1))
+        turned = (first * cos[part]).addcmul_(second, sin[part], value=-1)
         right.copy_(second.mul(cos[part]).addcmul_(first, sin[part]))
+        left.copy_(turned)
 
 
 @dataclass(frozen=True)
