@@ -32,6 +32,18 @@ def chats(count: int, start: int = 0, system: str | None = None) -> list[dict[st
     ]
 
 
+def preferences(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Pairs: what `chats` answers is preferred to another answer."""
+    return [
+        {
+            "input": {"messages": [{"role": "user", "content": f"say number {n} again"}]},
+            "preferred_output": [{"role": "assistant", "content": f"{WORDS[n % len(WORDS)]} {n}"}],
+            "non_preferred_output": [{"role": "assistant", "content": f"{WORDS[(n + 1) % len(WORDS)]}, no"}],
+        }
+        for n in range(start, start + count)
+    ]
+
+
 def write(path: Path, records: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path

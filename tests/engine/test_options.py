@@ -7,6 +7,7 @@ together.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from luthier.data.template import BUILT_IN
 from luthier.spec.job import TrainRequest, apply_recipe
 from luthier.spec.run import RunFolder
-from tests.engine.runs import chats, events, losses, train, weights, write
+from tests.engine.runs import chats, events, losses, preferences, train, weights, write
 
 Look = Callable[[RunFolder, RunFolder], None]  # (run with the option, run without)
 
@@ -164,6 +165,14 @@ TABLE: dict[str, tuple[dict[str, Any], Look]] = {
         {"prompt_loss_weight": 0.5, "data": "PAIRS"},
         lambda run, plain: is_true(supervised(run) == supervised(plain) and losses(run)[0] != losses(plain)[0]),
     ),
+    "objective": (
+        {"objective": "dpo", "data": "PREFERENCES"},
+        lambda run, plain: is_true(abs(losses(run)[0] - math.log(2)) < 1e-4 and losses(plain)[0] > 2),
+    ),
+    "beta": (
+        {"objective": "dpo", "data": "PREFERENCES", "beta": 0.5},
+        lambda run, _: is_true(settings(run)["beta"] == 0.5 and losses(run)[-1] < losses(run)[0]),
+    ),
     "publish_checkpoints": (
         {"publish_checkpoints": 2, "checkpoint_every": 1},
         lambda run, _: is_true(
@@ -215,10 +224,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny: Path, data: Path) -> R
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Prompt/completion rows of three and of two classes."""
+    """Prompt/completion rows of three and of two classes, and preference pairs."""
     folder = tmp_path_factory.mktemp("pairs")
+    made = {"PREFERENCES": write(folder / "preferences.jsonl", preferences(12))}
     answers = {"PAIRS": (" yes", " no", " maybe"), "TWO": (" yes", " no")}
-    return {
+    return made | {
         name: write(
             folder / f"{name}.jsonl",
             [{"prompt": f"is it {n}? ->", "completion": words[n % len(words)]} for n in range(12)],

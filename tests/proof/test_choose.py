@@ -44,6 +44,7 @@ def test_the_metric_that_fits(wanted: list[str], known: list[str], metric: str) 
     ("asked", "wanted", "words"),
     [
         ("bleu", ["a"], "found 'bleu'; wanted auto, exact_match, "),
+        ("preference", ["a"], "found 'preference'; wanted auto, exact_match, "),
         ("numeric", ["#### 4", "four"], "found the reference 'four'"),
         ("json", ['{"a": 1}', "a"], "wanted a JSON object or list"),
         ("perplexity", ["a"], "the held-out rows are answers"),
@@ -57,7 +58,7 @@ def test_a_metric_that_does_not_fit_is_refused(asked: str, wanted: list[str], wo
 
 def test_a_name_is_taken_at_its_word() -> None:
     assert choose("text", ["pos", "neg"] * 4)[0].name == "text"
-    assert set(METRICS) == set(CHOSEN_METRICS)
+    assert set(METRICS) == {*CHOSEN_METRICS, "preference"}  # which follows from the rows and cannot be asked for
 
 
 def scores(metric: object, answers: list[str]) -> list[float]:

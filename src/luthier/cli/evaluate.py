@@ -14,7 +14,7 @@ import typer
 
 from luthier.cli.output import console, print_json, short, typed, visible, waiting
 from luthier.cli.proof import show_proof
-from luthier.spec.data import Example, Problem
+from luthier.spec.data import Example, Preference, Problem
 from luthier.spec.errors import BadData, BadSetting, NotFound
 from luthier.spec.job import Precision
 from luthier.spec.proof import CHOSEN_METRICS, EXAMPLES
@@ -24,6 +24,7 @@ from luthier.spec.run import TERMINAL, RunFolder
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from luthier.data.pairs import Meaning
     from luthier.engine.models import Loaded
     from luthier.proof.metrics import Metric
 
@@ -70,7 +71,7 @@ def evaluate(
     test. Exit code 2 when a row cannot be measured.
     """
     examples = read(data, limit)
-    known = read(examples_from, param="examples-from") if examples_from else []
+    known = _shown_rows(examples_from) if examples_from else []
     chosen = _metric(metric, grader, grader_command)
     loaded = load(model, precision)
     from luthier.data.render import Renderer
@@ -112,15 +113,15 @@ def _metric(name: str, function: str | None, command: str | None) -> str | Metri
     return grader(function, command)
 
 
-def read(path: Path, limit: int | None = None, param: str = "data") -> list[Example]:
+def read(path: Path, limit: int | None = None, param: str = "data") -> list[Meaning]:
     """The first `limit` examples of `path`. Raises NotFound, and BadData with every problem up to there."""
-    from luthier.data.formats import read_examples
+    from luthier.data.pairs import holds_pairs, read_meanings
 
     if not path.is_file():
         raise NotFound(f"No data file {path}.", param=param, hint=f"Check the path given with --{param}.")
-    examples: list[Example] = []
+    examples: list[Meaning] = []
     problems: list[Problem] = []
-    for item in read_examples(path):
+    for item in read_meanings(path, holds_pairs(path)):
         if not isinstance(item, Problem):
             examples.append(item)
             if len(examples) == limit:
@@ -131,6 +132,17 @@ def read(path: Path, limit: int | None = None, param: str = "data") -> list[Exam
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise BadData(f"{path} has {count}; the first: {problems[0]}", problems=problems)
     return examples
+
+
+def _shown_rows(path: Path) -> list[Example]:
+    """Rows to show in prompts. Raises as `read` does, and BadSetting for pairs of answers."""
+    found = read(path, param="examples-from")
+    rows = [row for row in found if not isinstance(row, Preference)]
+    if len(rows) < len(found):
+        raise BadSetting(
+            f"--examples-from: {path} holds pairs of answers, wanted rows to imitate.", param="examples_from"
+        )
+    return rows
 
 
 def load(name: str, precision: Precision) -> Loaded:
@@ -177,7 +189,9 @@ def _show(report: Report, matches: Callable[[str | None, str], bool], model: str
     for name, _ in scores:
         table.add_column(name, justify="right", overflow="fold")
     for label, show in _LINES:
-        table.add_row(label, *(show(score) for _, score in scores))
+        cells = [show(score) for _, score in scores]
+        if set(cells) != {"-"}:
+            table.add_row(label, *cells)
     out.print(table)
     if report.proof is not None:
         show_proof(report.proof)
@@ -201,6 +215,7 @@ _LINES: tuple[tuple[str, Callable[[Score], str]], ...] = (
     ("held-out loss", lambda score: _number(score.loss)),
     ("token accuracy", lambda score: _share(score.token_accuracy)),
     ("exact match", lambda score: _share(score.exact_match)),
+    ("preferred likelier", lambda score: _share(score.preference_accuracy)),
     ("rows", lambda score: f"{score.rows:,}"),
     ("learnt tokens", lambda score: f"{score.supervised_tokens:,}"),
 )

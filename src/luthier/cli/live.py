@@ -250,6 +250,13 @@ class _Screen:
         return row
 
 
+def _accuracy(validation: dict[str, Any]) -> tuple[str, str]:
+    """(label, value) of what a validation counts."""
+    if chosen := validation.get("preference"):
+        return "preferred likelier", number(chosen["preference_accuracy"], ".1%")
+    return "token accuracy", number(validation.get("token_accuracy"), ".1%")
+
+
 def _figures(account: Account, width: int) -> Table:
     step, validation, checkpoint = account.step, account.validation, account.checkpoint
     saved = f"{int(checkpoint['step']):,}{' (best)' if checkpoint.get('best') else ''}" if checkpoint else "-"
@@ -260,14 +267,16 @@ def _figures(account: Account, width: int) -> Table:
         ("validation loss", number(validation.get("loss"), ".4f")),
         ("learning rate", number(step.get("learning_rate"), ".2e")),
         ("learnt tokens/s", number(account.rate("supervised_tokens"), ",.0f")),
-        ("token accuracy", number(validation.get("token_accuracy"), ".1%")),
+        _accuracy(validation),
         ("gradient norm", number(step.get("grad_norm"), ".3f")),
         ("memory", size(float(step["memory_bytes"])) if step.get("memory_bytes") else "-"),
         ("checkpoint", saved),
     ]
+    if chosen := step.get("preference"):
+        pairs[-1:] = [("reward margin", number(chosen["reward_margin"], ".3f")), ("checkpoint", saved)]
     beside = 3 if width >= 84 else 2 if width >= 56 else 1
     if beside == 1:  # room for what matters most
-        pairs = [pairs[n] for n in (0, 3, 5, 9)]
+        pairs = [pairs[n] for n in (0, 3, 5, -1)]
     table = Table.grid(padding=(0, 1, 0, 0))
     for _ in range(beside):
         table.add_column(style="dim", no_wrap=True)
@@ -317,8 +326,8 @@ class PlainView:
         if kind == "step":
             return self._step(event)
         if kind == "validation":
-            accuracy = number(event["token_accuracy"], ".1%")
-            return f"validation at step {event['step']}: loss {number(event['loss'], '.4f')}, token accuracy {accuracy}"
+            words = ", ".join(map(" ".join, (("loss", number(event["loss"], ".4f")), _accuracy(event))))
+            return f"validation at step {event['step']}: {words}"
         if kind == "checkpoint":
             return f"checkpoint at step {event['step']}{' (best)' if event.get('best') else ''}"
         return None
@@ -374,6 +383,7 @@ def summary(report: dict[str, Any], model: str) -> list[tuple[str, str]]:
             ("loss", "validation loss", ".4f"),
             ("token_accuracy", "token accuracy", ".1%"),
             ("exact_match", "exact match", ".1%"),
+            ("preference_accuracy", "preferred likelier", ".1%"),
         ):
             if tuned.get(key) is not None:
                 before = f"{number((base or {}).get(key), form)} (base) -> " if base else ""

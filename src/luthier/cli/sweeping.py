@@ -354,23 +354,23 @@ def _fresh(beside: Path, place: Path) -> Iterator[Callable[[str, str, str, float
 
 def _share(validation: Any, share: float, data: Path) -> float:
     """The share to hold out; of `auto` a tenth, at most about 500 rows."""
-    from luthier.data.formats import read_examples
+    from luthier.data.pairs import holds_pairs, read_meanings
     from luthier.spec.job import auto_validation_share
 
     if validation not in (None, "auto"):
         return share
-    return auto_validation_share(sum(1 for _ in read_examples(data)))
+    return auto_validation_share(sum(1 for _ in read_meanings(data, holds_pairs(data))))
 
 
 def _both(one: str, other: str) -> str:
     """How many prompts of `other` are in `one` too, in words; nothing when there are none."""
-    from luthier.data.formats import read_examples
+    from luthier.data.pairs import holds_pairs, read_meanings
     from luthier.data.split import prompt_key
     from luthier.spec.data import Problem
 
     keys = [
-        {prompt_key(item) for item in read_examples(Path(path)) if not isinstance(item, Problem)}
-        for path in (one, other)
+        {prompt_key(item) for item in read_meanings(path, holds_pairs(path)) if not isinstance(item, Problem)}
+        for path in map(Path, (one, other))
     ]
     count = len(keys[0] & keys[1])
     return f" (but {count} prompts of the proof are in the other file too)" if count else ""

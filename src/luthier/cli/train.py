@@ -33,7 +33,8 @@ from luthier.spec.job import TrainRequest, apply_recipe, make_request, validatio
 from luthier.spec.run import RunFolder
 
 PANELS = {
-    "What": ("model", "data", "validation", "template", "recipe", "continue_from"),
+    "What": ("model", "data", "objective", "validation", "template", "recipe", "continue_from"),
+    "Preference": ("beta",),
     "Proof": ("proof_data", "metric", "proof_rows", "proof_examples", "proof_memory"),
     "Forgetting": ("forgetting", "keep_general", "replay", "replay_data"),
     "Gate": ("must_improve", "max_forgetting"),

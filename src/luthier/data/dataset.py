@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from luthier.data.formats import read_examples
+from luthier.data.pairs import Meaning, read_meanings, render_all
 from luthier.data.read import hash_file
 from luthier.data.render import Renderer, Unrenderable
-from luthier.spec.data import Chat, Completion, Example, Message, Problem, Rendered, Text, ToolCall
+from luthier.spec.data import Chat, Completion, Message, Preference, Problem, Rendered, Severity, Text, ToolCall
 from luthier.spec.errors import BadData, NotFound
 from luthier.spec.job import Overlong
 
@@ -27,9 +27,13 @@ KEPT_PROBLEMS = 1_000  # shown in full; the rest is counted
 
 
 class Rows:
-    """Many rows in flat arrays. `rows[i]` is (ids int32 [T], weights float32 [T])."""
+    """Many rows in flat arrays. `rows[i]` is (ids int32 [T], weights float32 [T]).
 
-    def __init__(self) -> None:
+    `sides` rows make an example: 1, or 2 where each preferred answer is followed by the other one of its pair.
+    """
+
+    def __init__(self, sides: int = 1) -> None:
+        self.sides = sides
         self._ids: list[npt.NDArray[np.int32]] = []
         self._weights: list[npt.NDArray[np.float32]] = []
         self.places: list[tuple[int, int]] = []  # (which file, which record of it)
@@ -64,6 +68,14 @@ class Rows:
         self.supervised += int(np.count_nonzero(weights >= 1))
 
     @property
+    def examples(self) -> int:
+        return len(self) // self.sides
+
+    def of(self, examples: Sequence[int]) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+        """The rows of some examples, one after another."""
+        return [self[self.sides * example + side] for example in examples for side in range(self.sides)]
+
+    @property
     def sources(self) -> list[int]:
         """The number of each row's record in its file."""
         return [record for _, record in self.places]
@@ -75,7 +87,7 @@ class Rows:
         return max(map(len, self._ids), default=0)
 
     def select(self, indices: Sequence[int]) -> Rows:
-        chosen = Rows()
+        chosen = Rows(self.sides)
         chosen.text, chosen.pairs = self.text, self.pairs
         for index in indices:
             chosen._add(self._ids[index], self._weights[index], self.places[index], self.keys[index])
@@ -89,12 +101,17 @@ class Rows:
 
     def digest(self) -> str:
         """Hash of all ids and weights: what training really saw."""
-        total = hashlib.sha256()
-        for ids, weights in self:
-            total.update(len(ids).to_bytes(8, "little"))
-            total.update(ids.tobytes())
-            total.update(weights.tobytes())
-        return total.hexdigest()
+        return digest(self)
+
+
+def digest(rows: Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]) -> str:
+    """Hash of the ids and weights of rows, in their order."""
+    total = hashlib.sha256()
+    for ids, weights in rows:
+        total.update(len(ids).to_bytes(8, "little"))
+        total.update(ids.tobytes())
+        total.update(weights.tobytes())
+    return total.hexdigest()
 
 
 @dataclass
@@ -130,15 +147,17 @@ def prepare(
     *,
     max_length: int,
     overlong: Overlong = "error",
+    pairs: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Read, check, render and fit every record of `paths`.
+    """Read, check, render and fit every record of `paths`: preference pairs, or records to imitate.
 
     Raises NotFound for a missing file and BadData, with all problems found, when any record cannot be trained on or
     nothing is left to learn. Rows over `max_length` tokens are problems (`error`), left out (`drop`) or cut at their
-    end (`truncate`); a row that a cut would leave without a learnt token is left out and counted as dropped.
+    end (`truncate`); a row that a cut would leave without a learnt token is left out and counted as dropped. Of a pair
+    both answers stay, or neither.
     """
-    prepared = Prepared(Rows())
+    prepared = Prepared(Rows(2 if pairs else 1))
     for path in map(Path, paths):
         if not path.is_file():
             raise NotFound(f"No data file {path}.", param="data", hint="Check the path given with --data.")
@@ -163,17 +182,20 @@ def _prepare_file(
     overlong: Overlong,
     progress: Progress | None,
 ) -> None:
-    def examples() -> Iterator[Example]:
-        for item in read_examples(path, on_bytes=progress):
+    def meanings() -> Iterator[Meaning]:
+        for item in read_meanings(path, prepared.rows.sides == 2, progress):
             if isinstance(item, Problem):
                 prepared.note(item)
             else:
                 prepared.records += 1
                 yield item
 
-    for example, rendered in renderer.try_render(examples()):
+    for example, rendered in render_all(renderer, meanings()):
         if isinstance(rendered, Problem):
             prepared.note(_in_file(rendered, path))
+            continue
+        if isinstance(example, Preference):
+            _fit_pair(example, rendered, prepared, max_length, overlong, path)
             continue
         prepared.rows.pairs &= isinstance(example, Completion)
         if isinstance(example, Text):
@@ -192,20 +214,7 @@ def _fit(row: Rendered, key: bytes, prepared: Prepared, max_length: int, overlon
         return
     if length > max_length:
         if overlong == "error":
-            answer = (
-                "the end of its answer" if any(weight >= 1 for weight in row.weights[max_length - 1 :]) else "its end"
-            )
-            prepared.note(
-                Problem(
-                    row.line,
-                    "",
-                    f"a row of {length} tokens that would lose {answer}",
-                    f"at most {max_length}",
-                    "Raise --max-length, shorten the row, or choose --overlong drop or truncate.",
-                    row=row.source,
-                    file=str(path),
-                )
-            )
+            prepared.note(_too_long(row, max_length, path))
             return
         kept = row.weights[:max_length]
         learnt = sum(1 for weight in kept if weight >= 1)
@@ -220,6 +229,59 @@ def _fit(row: Rendered, key: bytes, prepared: Prepared, max_length: int, overlon
         row = Rendered(row.ids[:max_length], kept, row.source, row.line)
     if row.supervised:
         prepared.rows.add(row.ids, row.weights, row.source, key, len(prepared.files) - 1)
+
+
+def _too_long(row: Rendered, max_length: int, path: Path) -> Problem:
+    answer = "the end of its answer" if any(weight >= 1 for weight in row.weights[max_length - 1 :]) else "its end"
+    found = f"a row of {len(row.ids)} tokens that would lose {answer}"
+    hint = "Raise --max-length, shorten the row, or choose --overlong drop or truncate."
+    return Problem(row.line, "", found, f"at most {max_length}", hint, row=row.source, file=str(path))
+
+
+def _fit_pair(
+    pair: Preference, rendered: Sequence[Rendered], prepared: Prepared, max_length: int, overlong: Overlong, path: Path
+) -> None:
+    """Both answers, or neither."""
+
+    def note(found: str, wanted: str, hint: str = "", severity: Severity = "error") -> None:
+        prepared.note(Problem(pair.line, "", found, wanted, hint, pair.row, severity, str(path)))
+
+    prepared.rows.pairs = False
+    if len(rendered) != 2:
+        hint = "Give one assistant message as each answer."
+        return note(f"answers that the chat template makes {len(rendered)} rows of", "a row each", hint)
+    first = [next((n for n, weight in enumerate(row.weights) if weight >= 1), len(row.ids)) for row in rendered]
+    if rendered[0].ids[: first[0]] != rendered[1].ids[: first[1]]:
+        return note("two answers before which the chat template writes different prompts", "one prompt")
+    longest = max(len(row.ids) for row in rendered)
+    prepared.longest = max(prepared.longest, longest)
+    if longest > max_length and overlong == "error":
+        return prepared.note(_too_long(max(rendered, key=lambda row: len(row.ids)), max_length, path))
+    kept = [Rendered(row.ids[:max_length], row.weights[:max_length], pair.row, pair.line) for row in rendered]
+    (tokens, learnt), (tokens_left, learnt_left) = _size(rendered), _size(kept)
+    same = kept[0].ids == kept[1].ids
+    if longest > max_length:
+        if overlong == "drop" or same or not all(row.supervised for row in kept):
+            prepared.dropped += 1
+            prepared.lost_tokens += tokens
+            prepared.lost_supervised += learnt
+            return None
+        prepared.truncated += 1
+        prepared.lost_tokens += tokens - tokens_left
+        prepared.lost_supervised += learnt - learnt_left
+    elif not all(row.supervised for row in kept):
+        return note("an answer without a token to learn", "two answers")
+    if same:
+        note("two answers that are the same", "two different ones", "Nothing is learnt from it.", "warning")
+    key = _prompt_key(kept[:1])
+    for row in kept:
+        prepared.rows.add(row.ids, row.weights, pair.row, key, len(prepared.files) - 1)
+    return None
+
+
+def _size(rows: Sequence[Rendered]) -> tuple[int, int]:
+    """(tokens, tokens to learn)."""
+    return sum(len(row.ids) for row in rows), sum(row.supervised for row in rows)
 
 
 def windows(row: Rendered, max_length: int) -> list[Rendered]:

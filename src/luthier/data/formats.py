@@ -147,8 +147,8 @@ class Reader:
             self._refuse_shape(value, findings)
             return None
         if kind == "preference":
-            hint = "Train on the preferred answers alone by writing them as chat records."
-            wanted = "a record to imitate; preference data needs a preference method, which this version does not have"
+            hint = "Choose dpo (`luthier train --objective dpo`), or write the preferred answers as chat records."
+            wanted = "a record to imitate; preference data needs a preference method"
             findings.error("", f"a preference record ({_keys(value)})", wanted, hint)
             return None
         if self.format is None:

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from luthier.spec.errors import Broken, UserError
-from luthier.spec.job import TrainRequest
+from luthier.spec.job import Settings, TrainRequest
 from luthier.spec.run import RunFolder
 
 SPEC_KEYS = {"request", "settings", "base", "template", "data", "validation"}
@@ -56,6 +56,8 @@ def require(before: dict[str, Any], now: dict[str, Any]) -> None:
             left, right = left["source"], right["source"]
         if key == "data":
             left, right = left["rows"], right["rows"]
+        if key == "settings":  # those that were not known when they were written have their defaults
+            left, right = Settings.model_validate(left), Settings.model_validate(right)
         if left != right:
             raise UserError(
                 f"The run cannot go on: {words} changed since it was started.",

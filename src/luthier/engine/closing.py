@@ -108,10 +108,10 @@ class Pace:
 def _proof(ready: Ready, pace: Pace, load: float, train_seconds: float) -> float:
     rows = ready.validation or ready.train  # rows of a file of their own are taken to be like these, and many
     count = len(set(rows.places)) if ready.request.proof_data is None else MOST_ROWS
-    if rows.text:
+    if rows.text or rows.sides > 1:
         asked = count if ready.request.proof_rows == "auto" else min(count, ready.request.proof_rows)
         lengths = [rows.length(n) for n in range(len(rows))]
-        passes = sum(pace.read(lengths[at : at + 1]) for at in range(len(lengths)))
+        passes = sum(pace.read(lengths[at : at + rows.sides]) for at in range(0, len(lengths), rows.sides))
         return load + 2 * passes * min(asked, MOST_ROWS) / count
     prompts, answers, labels = _lengths(rows)
     most = min(MOST_TOKENS, max(answers) + SPARE_TOKENS)
@@ -141,7 +141,7 @@ def _proof(ready: Ready, pace: Pace, load: float, train_seconds: float) -> float
 
 def _curve(ready: Ready, pace: Pace, train_seconds: float, published: int) -> float:
     rows = ready.validation
-    if rows is None or rows.text or published < 2:
+    if rows is None or rows.text or rows.sides > 1 or published < 2:
         return 0.0
     prompts, answers, labels = _lengths(rows)
     per_row = (pace.answer(prompts, answers) + (sum(pace.read([n + labels]) for n in prompts) if labels else 0)) / len(

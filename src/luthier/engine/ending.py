@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.formats import read_examples
+from luthier.data.pairs import Meaning, read_meanings, render_all
 from luthier.data.render import Renderer
 from luthier.data.split import prompt_key
 from luthier.engine import checkpoint, evaluate, generate, learning, models, prove, rendered
@@ -27,7 +27,7 @@ from luthier.engine.setup import Ready
 from luthier.proof import choose
 from luthier.proof.neighbours import MOST_ROWS
 from luthier.proof.page import curves, page
-from luthier.spec.data import Example, Problem
+from luthier.spec.data import Example, Preference, Problem
 from luthier.spec.errors import BadData, LuthierError
 from luthier.spec.job import TrainRequest, validation_share
 from luthier.spec.learning import Learning
@@ -82,34 +82,35 @@ class HeldOut:
             ready.base_seconds,
         )
 
-    def examples(self, heed: Callable[[], None]) -> list[Example]:
+    def examples(self, heed: Callable[[], None]) -> list[Meaning]:
         """The rows that prove, read again. Raises LuthierError when they are not there any more."""
         if self.request.proof_data is None:
             return self._half(self.deciding(heed), 1) if self.halved else self.deciding(heed)
-        return _read([self.request.proof_data], self.proof, heed)
+        return _read([self.request.proof_data], self.proof, self.request.prefers, heed)
 
-    def choosing(self, heed: Callable[[], None]) -> list[Example]:
+    def choosing(self, heed: Callable[[], None]) -> list[Meaning]:
         """The rows that choose a scale: none of those that prove. Raises as `examples` does."""
         found = self.deciding(heed)
         return found if self.request.proof_data is not None else self._half(found, 0)
 
-    def _half(self, examples: list[Example], which: int) -> list[Example]:
+    def _half(self, examples: list[Meaning], which: int) -> list[Meaning]:
         """Every other prompt, in an order by the seed; whole prompts stay together."""
         keys = {prompt_key(example) for example in examples}
         order = sorted(keys, key=lambda key: hashlib.sha256(self.seed.to_bytes(8, "little") + key).digest())
         chosen = set(order[which::2])
         return [example for example in examples if prompt_key(example) in chosen]
 
-    def deciding(self, heed: Callable[[], None]) -> list[Example]:
+    def deciding(self, heed: Callable[[], None]) -> list[Meaning]:
         """The validation rows, read again. Raises as `examples` does."""
         shared = validation_share(self.request.validation) is not None
-        return _read(self.request.data if shared else [str(self.request.validation)], self.validation, heed)
+        paths = self.request.data if shared else [str(self.request.validation)]
+        return _read(paths, self.validation, self.request.prefers, heed)
 
     def check_metric(self, heed: Callable[[], None]) -> None:
         """Raises BadSetting for a metric that was named and that these rows cannot have: before the first step, not
         after the last."""
         if self.request.metric != "auto":
-            asked = map(self.renderer.question, self.examples(heed))
+            asked = map(self.renderer.question, _to_imitate(self.examples(heed)))
             choose.choose(self.request.metric, [question[1] for question in asked if question is not None])
 
 
@@ -117,14 +118,14 @@ def _proof_rows(ready: Ready) -> tuple[list[Place], int]:
     """The rows of `proof_data`, and how many of them ask what training rows ask."""
     if (path := ready.request.proof_data) is None:
         return [], 0
-    fitting = {"max_length": ready.settings.max_length, "overlong": "truncate"}
+    fitting = {"max_length": ready.settings.max_length, "overlong": "truncate", "pairs": ready.request.prefers}
     try:
         rows = rendered.prepare([path], ready.renderer, ready.base_hash, **fitting).rows  # type: ignore[arg-type]
     except BadData as error:
         error.param = "proof_data"
         raise
     asked = set(ready.train.keys)
-    return list(dict.fromkeys(rows.places)), sum(key in asked for key in rows.keys)
+    return list(dict.fromkeys(rows.places)), sum(key in asked for key in rows.keys) // rows.sides
 
 
 def end(
@@ -259,7 +260,7 @@ def _prove(run: RunFolder, held: HeldOut, train_seconds: float, emit: Emit, heed
     begun = time.monotonic()
     request = held.request
     examples = held.examples(heed)
-    known = _read(request.data, held.training, heed)
+    known = [] if request.prefers else _to_imitate(_read(request.data, held.training, False, heed))
     loaded = models.load_for_use(str(run.path), held.precision)
     notes: list[str] = []
     base = prove.untuned(loaded, None, notes.append)
@@ -301,6 +302,8 @@ def _asked(
         del what
         emit("progress", name="prove", done=done, total=total)
 
+    if material.pairs:
+        return prove.prove_pairs(loaded, material.pairs, plan, base)
     if not material.questions:
         return prove.prove_texts(loaded, material.texts, plan, base)
     most = evaluate.answer_tokens(held.renderer, material.questions, notes.append)
@@ -310,24 +313,28 @@ def _asked(
     )
 
 
-def _read(paths: Sequence[str], places: Sequence[Place], heed: Callable[[], None]) -> list[Example]:
+def _read(paths: Sequence[str], places: Sequence[Place], pairs: bool, heed: Callable[[], None]) -> list[Meaning]:
     """The examples at `places`, in the order of the files. Raises LuthierError when they are not there any more."""
     wanted = set(places)
-    found: list[Example] = []
+    found: list[Meaning] = []
     for number, path in enumerate(paths):
         heed()
-        items = (item for item in read_examples(Path(path)) if not isinstance(item, Problem))
+        items = (item for item in read_meanings(Path(path), pairs) if not isinstance(item, Problem))
         found += [item for item in items if (number, item.row) in wanted]
     if len(found) != len(wanted):
         raise LuthierError(f"{len(wanted) - len(found)} of {len(wanted)} rows are not in {', '.join(paths)} any more.")
     return found
 
 
-def _fitting(renderer: Renderer, examples: Sequence[Example], context: int, notes: list[str]) -> Iterable[Example]:
+def _to_imitate(examples: Sequence[Meaning]) -> list[Example]:
+    return [example for example in examples if not isinstance(example, Preference)]
+
+
+def _fitting(renderer: Renderer, examples: Sequence[Meaning], context: int, notes: list[str]) -> Iterable[Meaning]:
     """Those that can be asked whole: training may have cut longer ones."""
     left_out = 0
-    for example in examples:
-        if any(len(row.ids) > context for row in renderer.rows(example)):
+    for example, rows in render_all(renderer, examples):
+        if not isinstance(rows, Problem) and any(len(row.ids) > context for row in rows):
             left_out += 1
         else:
             yield example

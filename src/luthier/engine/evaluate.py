@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 
 from luthier.data.dataset import windows
+from luthier.data.pairs import Meaning, render_all
 from luthier.data.render import Renderer
 from luthier.engine import generate, models, prove, step, stream
 from luthier.engine.answers import Asker, Question
 from luthier.engine.forest import Row
 from luthier.proof.metrics import is_exact
-from luthier.spec.data import Example, Problem, Text
+from luthier.spec.data import Example, Preference, Problem, Text
 from luthier.spec.errors import BadData
 from luthier.spec.job import auto_max_length
-from luthier.spec.proof import WayName
+from luthier.spec.proof import Proof, WayName
 from luthier.spec.report import Report, Sample, Score
 
 MICRO_TOKENS = 2048
@@ -36,18 +37,20 @@ Tell = Callable[[str], None]
 
 @dataclass(slots=True)
 class Material:
-    """Held-out examples as the models need them. `texts` are the plain ones among them, each with its rows."""
+    """Held-out examples as the models need them. `texts` are the plain ones among them, `pairs` those of two answers,
+    each with its rows."""
 
     examples: int = 0
     rows: list[Row] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     texts: list[tuple[Text, list[Row]]] = field(default_factory=list)
+    pairs: list[tuple[Preference, list[Row]]] = field(default_factory=list)
 
 
 def evaluate(
     loaded: models.Loaded,
     renderer: Renderer,
-    examples: Sequence[Example],
+    examples: Sequence[Meaning],
     *,
     base: Any = None,
     compare: bool = True,
@@ -73,10 +76,13 @@ def evaluate(
     tell = tell or _ignore
     context = generate.context_of(loaded.model)
     material = prepare(renderer, examples, context, source)
-    if silent := sum(not isinstance(example, Text) for example in examples) - len(material.questions):
+    asked = [example for example in examples if not isinstance(example, Text | Preference)]
+    if silent := len(asked) - len(material.questions):
         tell(f"{silent} rows have an empty prompt: their loss is measured, and there is no answer to ask for.")
     plan = plan or prove.Plan()
     untuned = prove.untuned(loaded, base, tell) if compare else None
+    if material.pairs:
+        return _of_pairs(prove.prove_pairs(loaded, material.pairs, plan, untuned), material)
     report = Report(tuned=score_rows(loaded.model, material, micro_tokens, progress, "tuned"))
     if untuned is not None:
         with untuned.open() as model:
@@ -94,6 +100,16 @@ def evaluate(
     else:
         report.proof = prove.prove_texts(loaded, material.texts, plan, untuned)
     return report
+
+
+def _of_pairs(proof: Proof, material: Material) -> Report:
+    """Pairs are measured by which answer is found likelier; their loss depends on where training started."""
+    learnt = sum(int(np.count_nonzero(weights >= 1)) for _, weights in material.rows)
+    scores = {
+        way.name: Score(rows=material.examples, preference_accuracy=way.score, supervised_tokens=learnt)
+        for way in proof.ways
+    }
+    return Report(base=scores.get("base"), tuned=scores["tuned"], proof=proof)
 
 
 def score_rows(
@@ -133,11 +149,11 @@ def matches(answer: str | None, wanted: str) -> bool:
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
-def prepare(renderer: Renderer, examples: Sequence[Example], context: int, source: str) -> Material:
+def prepare(renderer: Renderer, examples: Sequence[Meaning], context: int, source: str) -> Material:
     """Rows to measure and questions to ask. Raises BadData with every example that cannot be measured."""
     material = Material()
     problems: list[Problem] = []
-    for example, rendered in renderer.try_render(examples):
+    for example, rendered in render_all(renderer, examples):
         if isinstance(rendered, Problem):
             problems.append(_in_file(rendered, source))
             continue
@@ -148,11 +164,17 @@ def prepare(renderer: Renderer, examples: Sequence[Example], context: int, sourc
             found, wanted = f"a row of {longest} tokens", f"at most {context}, which is all that the model reads"
             problems.append(Problem(example.line, "", found, wanted, "Shorten it.", row=example.row, file=source))
             continue
+        if isinstance(example, Preference) and len(rendered) != 2:
+            found = f"answers that the chat template makes {len(rendered)} rows of"
+            problems.append(Problem(example.line, "", found, "a row each", row=example.row, file=source))
+            continue
         material.examples += 1
         rows = [(np.asarray(row.ids, np.int32), np.asarray(row.weights, np.float32)) for row in rendered]
         material.rows += rows
         if isinstance(example, Text):
             material.texts.append((example, rows))
+        elif isinstance(example, Preference):
+            material.pairs.append((example, rows))
         elif (asked := renderer.question(example)) is not None and asked[0]:
             material.questions.append(Question(example, *asked))
     if problems or not material.examples:

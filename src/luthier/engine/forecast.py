@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from luthier.engine import closing, machine, stream
+from luthier.data.dataset import Rows
+from luthier.engine import closing, machine, references, stream
 from luthier.engine.pace import Known, Point, Price, Size, prices, steady
 from luthier.engine.planner import Work
-from luthier.engine.setup import Ready, step_rows, works_of
+from luthier.engine.setup import Ready, examples_of, works_of
 from luthier.spec.errors import NotNow, UserError
 from luthier.spec.forecast import Forecast
 from luthier.spec.run import RunFolder
@@ -55,7 +56,10 @@ def make(
     train = (sum(per_step) / ranks + len(looked) * _update_seconds(ready)) * factor
     held = ready.validation
     passes = _validations(ready) if held is not None else 0
-    validate = passes * _forward_seconds(ready, memory, forward) / ranks if passes else 0.0
+    validate = passes * _forward_seconds(ready, held, memory, forward) / ranks if held is not None else 0.0
+    looked_at = [rows for rows in (ready.train, held) if ready.request.prefers and rows is not None]
+    unknown = [rows for rows in looked_at if not references.known(ready, rows)]
+    reference = sum(_forward_seconds(ready, rows, memory, forward) for rows in unknown) / ranks
     learning = sum(weight.numel() for weight in ready.masters.values.values())
     result, state = result_bytes(ready), 12 * learning
     saves, published = _saves(ready)
@@ -76,6 +80,7 @@ def make(
         epochs=settings.epochs,
         steps=settings.steps,
         micro_batches=round(sum(len(work.all) for of_step in works for work in of_step) * factor),
+        reference_seconds=round(reference, 2),
         train_seconds=round(train, 2),
         validate_seconds=round(validate, 2),
         save_seconds=round(save, 2),
@@ -190,10 +195,7 @@ def _train_on(ready: Ready, work: Work) -> None:
 
 def _steps_works(ready: Ready, number: int) -> list[Work]:
     """What the loop will compute in optimizer step `number`."""
-    settings = ready.settings
-    position = number * settings.batch_size
-    count = min(settings.batch_size, settings.epochs * ready.rows - position)
-    rows = [ready.train[index] for index in step_rows(position, count, ready.rows, settings.seed)]
+    rows = ready.train.of(examples_of(ready, number))
     return [work for _, work in works_of(rows, ready)]
 
 
@@ -208,11 +210,9 @@ def _update_seconds(ready: Ready) -> float:
     return _timed(lambda: (torch.nn.utils.clip_grad_norm_([part], 1.0), optimizer.step())) * learning / part.numel()
 
 
-def _forward_seconds(ready: Ready, known: Known, forward: Price) -> float:
-    """Of one pass over the validation rows."""
-    rows = ready.validation
-    assert rows is not None
-    planned = [work for _, work in works_of([rows[index] for index in range(len(rows))], ready)]
+def _forward_seconds(ready: Ready, rows: Rows, known: Known, forward: Price) -> float:
+    """Of one pass over rows that are held out."""
+    planned = [work for _, work in works_of(list(rows), ready)]
     looked = planned[:: max(1, len(planned) // STEPS_LOOKED_AT)]
     return sum(known.seconds(forward.of(_size(work)), "forward") for work in looked) * len(planned) / len(looked)
 

@@ -175,26 +175,33 @@ class _Maker:
         )
 
 
-def plan(rows: Sequence[Row], micro_tokens: int, min_shared: int = MIN_SHARED) -> list[list[int]]:
+def plan(rows: Sequence[Row], micro_tokens: int, min_shared: int = MIN_SHARED, each: int = 1) -> list[list[int]]:
     """Cut one optimizer step's rows into micro-batches of at most `micro_tokens` physical tokens.
 
     Rows are taken in sorted order, so rows with a common prefix stay together and pay for it once. A row longer than
-    the budget gets a micro-batch of its own.
+    the budget gets a micro-batch of its own. Of rows that belong together, `each` following ones (the answers of a
+    pair), the first gives the order and all get into one micro-batch.
     """
-    order = sorted(range(len(rows)), key=lambda index: rows[index][0].astype(">i4").tobytes())
+
+    def alone(ids: Ids, before: Ids) -> int:
+        shared = shared_prefix(before, ids)
+        return len(ids) - (shared if shared >= min_shared else 0)
+
+    order = sorted(range(0, len(rows), each), key=lambda index: rows[index][0].astype(">i4").tobytes())
     batches: list[list[int]] = []
     used = 0
     for index in order:
         ids = rows[index][0]
+        members = list(range(index, index + each))
+        others = sum(alone(rows[member][0], ids) for member in members[1:])
         if batches:
-            shared = shared_prefix(rows[batches[-1][-1]][0], ids)
-            new = len(ids) - (shared if shared >= min_shared else 0)
+            new = alone(ids, rows[batches[-1][-each]][0]) + others
             if used + new <= micro_tokens:
-                batches[-1].append(index)
+                batches[-1] += members
                 used += new
                 continue
-        batches.append([index])
-        used = len(ids)
+        batches.append(members)
+        used = len(ids) + others
     return batches
 
 

@@ -35,8 +35,8 @@ def measure(run: RunFolder, rows: int, losses: Mapping[int, float | None], seed:
         return None
     proofs = {step: score(step, rows) for step in sorted(steps)}
     first = next(iter(proofs.values()))
-    if first.metric == "perplexity":
-        return None  # texts have their loss at every validation
+    if first.metric in ("perplexity", "preference"):
+        return None  # every validation has measured that
     points = []
     for step, proof in proofs.items():
         scores = [row.scores["tuned"] for row in proof.rows]

@@ -29,11 +29,13 @@ def supervised(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: floa
 
     With label smoothing e the target distribution is (1 - e) one-hot + e uniform (Szegedy et al., 2016).
     """
+    return (_each(logits, targets, smoothing) * weights).sum()
+
+
+def _each(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     log_probs = logits.log_softmax(dim=-1)
     nll = -log_probs.gather(1, targets[:, None]).squeeze(1)
-    if smoothing:
-        nll = (1 - smoothing) * nll - smoothing * log_probs.mean(dim=-1)
-    return (nll * weights).sum()
+    return (1 - smoothing) * nll - smoothing * log_probs.mean(dim=-1) if smoothing else nll
 
 
 class Head:
@@ -79,27 +81,53 @@ def backward(
 
     Returns its value and, for each target, whether the most likely token was right (bool [N]).
     """
-    way = _by_autograd if head.matrix is None or head.matrix.dtype != hidden.dtype else _in_place
+    way = _in_place if _product(head, hidden) else _by_autograd
     losses, right, gradient = way(hidden.detach(), head, targets, weights / normaliser, vocabulary, smoothing)
     if hidden.requires_grad:  # also of no targets: others may have sent gradients to what lies below
         hidden.backward(gradient)
-    return sum(map(float, losses)), right  # read at the end: a GPU would be waited for at each
+    return float(losses.double().sum()), right
 
 
-Result = tuple[list[Tensor], Tensor, Tensor]  # the slices' losses, hit or not [N], the gradient of hidden [N, H]
+@torch.no_grad()
+def score(
+    hidden: Tensor, head: Head, targets: Tensor, vocabulary: int, gradient: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Negative log-likelihood of each target, nats, [N]; and on request what that of each sends to its own hidden
+    state, [N, H]: weighted losses send it times their weights. None where the head learns too or scales its logits:
+    then weights must be known first, for `backward`."""
+    if gradient and _product(head, hidden) and not head.matrix.requires_grad:  # type: ignore[union-attr]
+        alike = torch.ones(len(targets), device=hidden.device)
+        losses, _, sent = _in_place(hidden, head, targets, alike, vocabulary, 0.0)
+        return losses, sent
+    losses = torch.empty(len(targets), device=hidden.device)
+    for part in slices(targets, vocabulary):
+        logits, wanted = head(hidden[part]), targets[part]
+        if kernels.fits(logits):
+            losses[part], _ = kernels.cross_entropy(logits, wanted, torch.ones(len(wanted)), 0.0)
+        else:
+            losses[part] = _each(logits, wanted)
+    return losses, None
+
+
+def _product(head: Head, hidden: Tensor) -> bool:
+    """Whether logits are a product of these states with the head's matrix, and no more."""
+    return head.matrix is not None and head.matrix.dtype == hidden.dtype
+
+
+Result = tuple[Tensor, Tensor, Tensor]  # each target's loss [N], hit or not [N], the gradient of hidden [N, H]
 
 
 def _by_autograd(
     hidden: Tensor, head: Head, targets: Tensor, weights: Tensor, vocabulary: int, smoothing: float
 ) -> Result:
     leaf = hidden.requires_grad_()
-    losses: list[Tensor] = []
+    losses = torch.empty(len(targets), device=targets.device)
     right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
     for part in slices(targets, vocabulary):
         logits = head(leaf[part])
-        loss = supervised(logits, targets[part], weights[part], smoothing)
-        loss.backward()
-        losses.append(loss.detach())
+        each = _each(logits, targets[part], smoothing) * weights[part]
+        each.sum().backward()
+        losses[part] = each.detach()
         right[part] = logits.detach().argmax(dim=-1) == targets[part]
     return losses, right, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
@@ -110,7 +138,7 @@ def _in_place(
 ) -> Result:
     matrix = head.matrix
     assert matrix is not None
-    losses: list[Tensor] = []
+    losses = torch.empty(len(targets), device=targets.device)
     right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
     gradient = torch.zeros_like(hidden)
     parts = list(slices(targets, vocabulary))
@@ -119,10 +147,9 @@ def _in_place(
         product = torch.mm(hidden[part], matrix.t(), out=room[: part.stop - part.start])
         logits = product.float()
         if kernels.fits(logits):
-            found, right[part] = kernels.cross_entropy(logits, targets[part], weights[part], smoothing)
-            losses.append(found.sum())
+            losses[part], right[part] = kernels.cross_entropy(logits, targets[part], weights[part], smoothing)
         else:
-            losses.append(_into_gradient(logits, targets[part, None], weights[part, None], smoothing, right[part]))
+            losses[part] = _into_gradient(logits, targets[part, None], weights[part, None], smoothing, right[part])
         if logits is not product:
             product.copy_(logits)
         torch.mm(product, matrix, out=gradient[part])
@@ -134,20 +161,20 @@ def _in_place(
 
 
 def _into_gradient(logits: Tensor, wanted: Tensor, weight: Tensor, smoothing: float, right: Tensor) -> Tensor:
-    """Logits [N, V] into the gradient of their weighted loss, which is returned; wanted and weight [N, 1]. `right`
-    [N]: whether the target was the most likely."""
+    """Logits [N, V] into the gradient of their weighted losses [N], which are returned; wanted and weight [N, 1].
+    `right` [N]: whether the target was the most likely."""
     aim = logits.gather(1, wanted)
     if smoothing:
         aim = (1 - smoothing) * aim + smoothing * logits.mean(dim=-1, keepdim=True)
     top, likeliest = logits.max(dim=-1, keepdim=True)
     torch.eq(likeliest, wanted, out=right[:, None])
     total = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
-    loss = ((total.log() + top - aim) * weight).sum()
+    losses = ((total.log() + top - aim) * weight).squeeze(1)
     logits.mul_(weight / total)
     if smoothing:
         logits.sub_(weight * (smoothing / logits.shape[1]))
     logits.scatter_add_(1, wanted, weight * (smoothing - 1))
-    return loss
+    return losses
 
 
 @torch.no_grad()

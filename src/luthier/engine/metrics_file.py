@@ -17,24 +17,39 @@ METRICS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "seconds",
     "validation_loss", "validation_token_accuracy",
 )  # fmt: skip
+OF_PAIRS = (  # in place of the last
+    "validation_preference_accuracy", "validation_reward_accuracy", "validation_reward_margin",
+    "reward_accuracy", "reward_margin",
+)  # fmt: skip
 
 
-def start(run: RunFolder) -> None:
-    write_whole(run.metrics, _csv(METRICS) + "\n")
+def start(run: RunFolder, pairs: bool = False) -> None:
+    write_whole(run.metrics, _head(pairs) + "\n")
 
 
 def add(run: RunFolder, measured: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
     """The line of one step; `scores` of its validation, empty without one."""
-    own = (measured[name] for name in METRICS[:8])
-    append_line(run.metrics, _csv([*own, scores.get("loss"), scores.get("token_accuracy")]))
+    line = [*(measured[name] for name in METRICS[:8]), scores.get("loss")]
+    if (now := measured["preference"]) is None:
+        line.append(scores.get("token_accuracy"))
+    else:
+        then = scores.get("preference") or {}
+        line += [then.get(name) for name in ("preference_accuracy", "reward_accuracy", "reward_margin")]
+        line += [now[name] for name in ("reward_accuracy", "reward_margin")]
+    append_line(run.metrics, _csv(line))
 
 
-def cut(run: RunFolder, step: int) -> None:
+def cut(run: RunFolder, step: int, pairs: bool = False) -> None:
     """Keep the lines up to `step`. A damaged line is left out: a record for people must not keep a run from going
     on."""
     text = run.metrics.read_text(encoding="utf-8", errors="replace") if run.metrics.is_file() else ""
-    kept = [line for line in text.splitlines() if line.count(",") == len(METRICS) - 1 and _step_of(line) <= step]
-    write_whole(run.metrics, "\n".join([_csv(METRICS), *kept]) + "\n")
+    head = _head(pairs)
+    kept = [line for line in text.splitlines() if line.count(",") == head.count(",") and _step_of(line) <= step]
+    write_whole(run.metrics, "\n".join([head, *kept]) + "\n")
+
+
+def _head(pairs: bool) -> str:
+    return _csv((*METRICS[:9], *OF_PAIRS) if pairs else METRICS)
 
 
 def _step_of(line: str) -> float:

@@ -69,7 +69,8 @@ class Parent:
             asked = sorted(asked) if name == "target_modules" else asked
             if asked not in (None, [], found[name]) and asked != TrainRequest.model_fields[name].default:
                 raise _other(name, asked, found[name])
-        dropout = request.dropout if "dropout" in request.model_fields_set else config.get("lora_dropout", 0.0)
+        known = "dropout" in request.model_fields_set or request.prefers  # a pair is judged without, see spec/job.py
+        dropout = request.dropout if known else config.get("lora_dropout", 0.0)
         return request.model_copy(update={**found, "method": kind, "dropout": dropout})
 
     def attach(self, base: PreTrainedModel, request: TrainRequest) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -40,15 +40,16 @@ class Work:
 
 
 def works(
-    rows: Sequence[Row], micro_tokens: int, *, part: slice = slice(None), trunks: bool = True
+    rows: Sequence[Row], micro_tokens: int, *, part: slice = slice(None), trunks: bool = True, each: int = 1
 ) -> list[tuple[int, Work]]:
     """(number, work) of a step's rows, or of a share of its micro-batches (ranks); numbers are those of the whole step.
+    `each` following rows belong together (the answers of a pair): but for what a trunk holds, one forest has them all.
 
     A forest and its trunk have at most about `micro_tokens` tokens together. A single row or a trunk may have more;
     beside a long trunk there is room for half as many tokens of what follows. Without `trunks` each forest stands
     alone.
     """
-    batches = list(enumerate(forest.plan(rows, micro_tokens)))[part]
+    batches = list(enumerate(forest.plan(rows, micro_tokens, each=each)))[part]
     runs = _runs(rows, [batch for _, batch in batches]) if trunks else [(1, 0)] * len(batches)
     made: list[tuple[int, Work]] = []
     at = 0
@@ -57,19 +58,19 @@ def works(
         members = [index for _, batch in batches[at : at + count] for index in batch]
         at += count
         if shared:
-            made.append((number, _branched(rows, members, shared, max(micro_tokens - shared, micro_tokens // 2))))
+            room = max(micro_tokens - shared, micro_tokens // 2)
+            made.append((number, _branched(rows, members, shared, room, each)))
         else:
             made.append((number, Work([forest.build([rows[index] for index in first], first)])))
     return made
 
 
-def _branched(rows: Sequence[Row], members: list[int], shared: int, room: int) -> Work:
+def _branched(rows: Sequence[Row], members: list[int], shared: int, room: int, each: int) -> Work:
     """The first `shared` tokens of `members` as a trunk, the rest of each in forests of at most `room` tokens."""
     ends = [(ids[shared:], weights[shared:]) for ids, weights in (rows[index] for index in members)]
-    longer = [index for index, (ids, _) in enumerate(ends) if len(ids)]
+    longer = [[at for at in cut if len(ends[at][0])] for cut in forest.plan(ends, room, each=each)]
     branches = [
-        forest.build([ends[longer[index]] for index in cut], [members[longer[index]] for index in cut], begin=shared)
-        for cut in forest.plan([ends[index] for index in longer], room)
+        forest.build([ends[at] for at in cut], [members[at] for at in cut], begin=shared) for cut in longer if cut
     ]
     return Work(branches, forest.trunk([rows[index] for index in members], members, shared))
 
@@ -77,16 +78,18 @@ def _branched(rows: Sequence[Row], members: list[int], shared: int, room: int) -
 def _runs(rows: Sequence[Row], batches: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """(micro-batches, tokens that all their rows begin with): neighbours, joined as long as that saves more."""
     runs: list[tuple[int, int]] = []
-    first = 0
-    for number, batch in enumerate(batches):
+    common = first = 0  # tokens that all rows of the last run begin with; its first row
+    for batch in batches:
+        own = min(forest.shared_prefix(rows[batch[0]][0], rows[index][0]) for index in batch)
         if runs:
             count, shared = runs[-1]
-            together = forest.shared_prefix(rows[batches[first][0]][0], rows[batch[-1]][0])
+            together = min(common, own, forest.shared_prefix(rows[first][0], rows[batch[0]][0]))
             if together * count > shared * (count - 1):
                 runs[-1] = count + 1, together
+                common = together
                 continue
         runs.append((1, 0))
-        first = number
+        common, first = own, batch[0]
     return [
         part
         for count, shared in runs

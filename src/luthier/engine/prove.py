@@ -22,6 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from luthier.data.render import Unrenderable
+from luthier.data.rows import parts
 from luthier.engine import adapters, catalogue, embed, install, models, step, stream
 from luthier.engine.answers import Answer, Asker, Memory, Question, answer_of, asked_of, cost
 from luthier.engine.forest import Row
@@ -29,7 +30,7 @@ from luthier.proof import choose, classes, judge
 from luthier.proof.metrics import Metric, Scored, mean
 from luthier.proof.neighbours import Neighbours, cut, with_examples
 from luthier.settings import load_settings
-from luthier.spec.data import Chat, Completion, Example, Text
+from luthier.spec.data import Chat, Completion, Example, Preference, Text
 from luthier.spec.errors import LuthierError
 from luthier.spec.proof import EXAMPLES, Proof, ProofRow, WayName
 
@@ -39,6 +40,7 @@ MOST_ROWS = 500  # by default: an interval of a share is then at most 9 points w
 LATENCY_ROWS = 3
 MOST_LABELS = 12  # whose probabilities are measured
 MICRO_TOKENS = 2048
+SHOWN = 200  # characters of what is measured but not answered
 
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -290,35 +292,73 @@ def _answered(question: Question, label: str) -> Chat | Completion:
     return replace(example, messages=(*example.messages[:last], replace(example.messages[last], content=label)))
 
 
-# -- texts -------------------------------------------------------------------------------------------------------------
+# -- what is measured, not answered ------------------------------------------------------------------------------------
 
 
 def prove_texts(
     loaded: models.Loaded, texts: Sequence[tuple[Text, list[Row]]], plan: Plan, base: Untuned | None
 ) -> Proof:
     """The proof of plain texts: loss per token of the base and of the tuned model, a row a text."""
-    begun = time.monotonic()
-    kept = [(text, rows) for text, rows in texts if any((weights > 0).any() for _, weights in rows)]
-    kept = kept[: plan.rows] if plan.rows is not None else kept
+    whole = [(text, rows) for text, rows in texts if any((weights > 0).any() for _, weights in rows)]
+    kept = whole[: plan.rows] if plan.rows is not None else whole
     rows = [
         ProofRow(
             row=text.row,
-            prompt=text.text[:200],
+            prompt=text.text[:SHOWN],
             wanted="",
             weight=float(sum(np.count_nonzero(weights > 0) for _, weights in rows)),
         )
         for text, rows in kept
     ]
+    metric, why = choose.choose("auto", [])
+    windows = [rows for _, rows in kept]
+    return _measured(loaded, base, plan, metric, why, rows, lambda model: _losses(model, windows), "texts", len(texts))
+
+
+def prove_pairs(
+    loaded: models.Loaded, pairs: Sequence[tuple[Preference, list[Row]]], plan: Plan, base: Untuned | None
+) -> Proof:
+    """The proof of preference pairs: whether each model finds the preferred answer likelier, as a whole, than the
+    other one."""
+    kept = pairs[: plan.rows] if plan.rows is not None else pairs
+    rows = []
+    for pair, _ in kept:
+        asked, answer = parts(pair)
+        rows.append(ProofRow(row=pair.row, prompt=asked[:SHOWN], wanted=answer[:SHOWN]))
+    sides = [side for _, both in kept for side in both]
+    metric, why = choose.METRICS["preference"], "The rows are pairs of answers."
+    return _measured(loaded, base, plan, metric, why, rows, lambda model: _choices(model, sides), "pairs", len(pairs))
+
+
+def _measured(
+    loaded: models.Loaded,
+    base: Untuned | None,
+    plan: Plan,
+    metric: Metric,
+    why: str,
+    rows: Sequence[ProofRow],
+    measure: Callable[[Any], Scored],
+    what: str,
+    held_out: int,
+) -> Proof:
+    begun = time.monotonic()
     scored: dict[WayName, Scored] = {}
     if base is not None:
         with base.open() as model:
-            scored["base"] = _losses(model, [rows for _, rows in kept])
-    scored["tuned"] = _losses(loaded.model, [rows for _, rows in kept])
-    metric, why = choose.choose("auto", [])
-    chosen = f"{'All' if len(kept) == len(texts) else 'The first'} {len(kept):,} held-out texts."
-    proof = judge.judge(metric, why, rows, scored, held_out=len(texts), chosen=chosen, seed=plan.seed)
+            scored["base"] = measure(model)
+    scored["tuned"] = measure(loaded.model)
+    chosen = f"{'All' if len(rows) == held_out else 'The first'} {len(rows):,} held-out {what}."
+    proof = judge.judge(metric, why, rows, scored, held_out=held_out, chosen=chosen, seed=plan.seed)
     proof.seconds = round(time.monotonic() - begun, 3)
     return proof
+
+
+def _choices(model: Any, sides: Sequence[Row]) -> Scored:
+    with step.forests(model):
+        sums = stream.row_log_probs(model, sides, MICRO_TOKENS, each=2).reshape(-1, 2)
+    return Scored(
+        (sums[:, 0] > sums[:, 1]).astype(float).tolist(), {"margin_in_nats": mean((sums[:, 0] - sums[:, 1]).tolist())}
+    )
 
 
 def _losses(model: Any, texts: Sequence[list[Row]]) -> Scored:

@@ -20,6 +20,15 @@ def join() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def add_up(*values: float) -> tuple[float, ...]:
+    """Each value's sum over all ranks."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return tuple(total.tolist())
+
+
 def leave() -> None:
     """Before the process ends: one that ends with its connections open may be aborted by a thread that serves them."""
     if dist.is_initialized():

@@ -15,7 +15,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,16 +46,18 @@ def prepare(
     *,
     max_length: int,
     overlong: Overlong = "error",
+    pairs: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
     """As dataset.prepare; `base_hash` is that of the folder that the renderer's tokenizer came from.
 
     Raises what dataset.prepare raises.
     """
+    fitting = {"max_length": max_length, "overlong": overlong, "pairs": pairs}
     sizes = [Path(path).stat().st_size for path in paths if Path(path).is_file()]
     if len(sizes) < len(paths) or sum(sizes) < LEAST:
-        return dataset.prepare(paths, renderer, max_length=max_length, overlong=overlong, progress=progress)
-    key = _key(paths, renderer, base_hash, max_length, overlong)
+        return dataset.prepare(paths, renderer, **fitting, progress=progress)  # type: ignore[arg-type]
+    key = _key(paths, renderer, base_hash, fitting)
     place = load_settings().cache_dir / "rendered" / f"{key}.npz"
     with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         found = _load(place)
@@ -63,8 +65,8 @@ def prepare(
         if progress:
             progress(sum(sizes), sum(sizes))
         return found
-    prepared = dataset.prepare(paths, renderer, max_length=max_length, overlong=overlong, progress=progress)
-    if key == _key(paths, renderer, base_hash, max_length, overlong):  # nobody wrote to the files meanwhile
+    prepared = dataset.prepare(paths, renderer, **fitting, progress=progress)  # type: ignore[arg-type]
+    if key == _key(paths, renderer, base_hash, fitting):  # nobody wrote to the files meanwhile
         with contextlib.suppress(OSError):  # a cache that cannot be written costs the next run its rendering
             place.parent.mkdir(parents=True, exist_ok=True)
             write_whole(place, _packed(prepared))
@@ -72,13 +74,13 @@ def prepare(
     return prepared
 
 
-def _key(paths: Sequence[str], renderer: Renderer, base_hash: str, max_length: int, overlong: Overlong) -> str:
+def _key(paths: Sequence[str], renderer: Renderer, base_hash: str, fitting: Mapping[str, object]) -> str:
     code = hashlib.sha256()
     for path in sorted(Path(data.__file__).parent.glob("*.py")):
         code.update(path.read_bytes())
     parts = [
         [[path, hash_file(Path(path))] for path in paths],
-        base_hash, renderer.template.name, renderer.template.source, renderer.prompt_weight, max_length, overlong,
+        base_hash, renderer.template.name, renderer.template.source, renderer.prompt_weight, dict(fitting),
         code.hexdigest(), version("tokenizers"), version("jinja2"),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -89,14 +91,14 @@ def _packed(prepared: Prepared) -> bytes:
     rows = prepared.rows
     account = {name: getattr(prepared, name) for name in COUNTS}
     account |= {"warnings": [problem.as_dict() for problem in prepared.warnings], "digest": rows.digest()}
-    account |= {"text": rows.text, "pairs": rows.pairs, "keys": [key.hex() for key in rows.keys]}
+    account |= {"text": rows.text, "pairs": rows.pairs, "sides": rows.sides, "keys": [key.hex() for key in rows.keys]}
     file = io.BytesIO()
     np.savez(
         file,
         ids=np.concatenate([ids for ids, _ in rows]),
         weights=np.concatenate([weights for _, weights in rows]),
         lengths=np.array([len(ids) for ids, _ in rows], np.int64),
-        sources=np.array(rows.sources, np.int64),
+        places=np.array(rows.places, np.int64),
         account=np.frombuffer(json.dumps(account).encode(), np.uint8),
     )
     return file.getvalue()
@@ -105,13 +107,13 @@ def _packed(prepared: Prepared) -> bytes:
 def _load(place: Path) -> Prepared:
     """What `_packed` wrote. Raises OSError where there is none, ValueError kin where it is damaged."""
     with open(place, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        ids, weights, lengths, sources = (arrays[name] for name in ("ids", "weights", "lengths", "sources"))
+        ids, weights, lengths, places = (arrays[name] for name in ("ids", "weights", "lengths", "places"))
         account: dict[str, Any] = json.loads(arrays["account"].tobytes())
-    rows = Rows()
+    rows = Rows(account["sides"])
     rows.text, rows.pairs = account["text"], account["pairs"]
     ends = np.cumsum(lengths).tolist()
-    for end, length, source, key in zip(ends, lengths.tolist(), sources.tolist(), account["keys"], strict=True):
-        rows.add(ids[end - length : end], weights[end - length : end], source, bytes.fromhex(key))
+    for end, length, (file, source), key in zip(ends, lengths.tolist(), places.tolist(), account["keys"], strict=True):
+        rows.add(ids[end - length : end], weights[end - length : end], source, bytes.fromhex(key), file)
     if rows.digest() != account["digest"]:
         raise ValueError("the rows are not those that were kept")
     warnings = [Problem(**problem) for problem in account["warnings"]]

@@ -20,10 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from luthier.data import general
-from luthier.data.dataset import Prepared, Rows, mentions_tools, says_tools, split
+from luthier.data.dataset import Prepared, Rows
 from luthier.data.render import Renderer
-from luthier.data.replay import mix
 from luthier.engine import (
     agreement,
     attention,
@@ -37,23 +35,20 @@ from luthier.engine import (
     parent,
     planner,
     publish,
-    rendered,
+    reading,
     step,
 )
 from luthier.engine.adapters import Start
 from luthier.engine.forest import Row
 from luthier.engine.optimizer import Masters
-from luthier.spec.errors import BadData, BadSetting, Broken
+from luthier.spec.errors import BadSetting, Broken
 from luthier.spec.job import (
-    AUTO_TEMPLATE,
+    AUTO_BETA,
     Settings,
     TrainRequest,
     auto_batch_size,
     auto_epochs,
     auto_learning_rate,
-    auto_max_length,
-    auto_validation_share,
-    validation_share,
 )
 from luthier.spec.run import RunFolder, write_json
 
@@ -79,10 +74,12 @@ class Ready:
     replayed: int  # general rows among those of `train`
     base_seconds: float  # what loading the base took
     save_seconds: float  # what the dry run of the final save took: all of it but the weights
+    start: str  # how what the model computes at first differs from the base: a parent's hash, or a way of rounding
 
     @property
     def rows(self) -> int:
-        return len(self.train)
+        """Examples to train on: rows, or pairs of them."""
+        return self.train.examples
 
 
 Emit = Callable[..., None]
@@ -108,17 +105,17 @@ def make_ready(
     asked, forebear = request, parent.find(request, base_hash)
     if forebear is not None:
         request = forebear.fit(request)
-    renderer = _renderer(request, base_folder, forebear.template if forebear else None, emit)
-    max_length = _max_length(request, renderer)
+    renderer = reading.renderer_of(request, base_folder, forebear.template if forebear else None, emit)
+    max_length = reading.longest(request, renderer)
 
     emit("phase", name="data", message=f"Reading {', '.join(request.data)}")
     seed = _seed(run, request)
-    prepared, train, validation = _read_data(request, renderer, base_hash, max_length, seed, emit, heed)
-    train, replayed = _replay(request, renderer, base_hash, max_length, seed, train, emit)
-    if twice := _asked_twice(train, validation):
+    prepared, train, validation = reading.read(request, renderer, base_hash, max_length, seed, emit, heed)
+    train, replayed = reading.with_general(request, renderer, base_hash, max_length, seed, train, emit)
+    if validation is not None and (twice := reading.asked_twice(train, validation)):
         emit(
             "warning",
-            message=f"{twice} of {len(validation or ())} validation rows ask what training rows ask.",
+            message=f"{twice} of {validation.examples} validation rows ask what training rows ask.",
             hint="Their score says little about new prompts; --validation 0.1 holds out prompts of their own.",
         )
     classes = classify.prepare(
@@ -198,121 +195,12 @@ def make_ready(
         replayed,
         base_seconds,
         save_seconds,
+        forebear.hash if forebear else request.method if request.method in ("dora", "pissa") else "",
     )
 
 
 def silent(*_: Any, **__: Any) -> None:
     """The emit of a process that does not lead."""
-
-
-def _renderer(request: TrainRequest, folder: Path, inherited: str | None, emit: Emit) -> Renderer:
-    """By the template asked for, else the parent's, else the model's own; with `auto`, ChatML for tools that the own
-    one cannot say, where the tokenizer has ChatML's marks. Raises what Renderer.load raises."""
-    automatic = request.template == AUTO_TEMPLATE
-    asked = inherited if automatic else request.template or inherited
-    renderer = Renderer.load(folder, asked, request.prompt_loss_weight)
-    if not automatic or asked or not renderer.tokenizer.has("<|im_end|>"):
-        return renderer
-    if not mentions_tools(request.data) or says_tools(renderer):
-        return renderer
-    emit("warning", message="The model's own chat template has no place for tools: ChatML is used.", hint="")
-    return Renderer.load(folder, "chatml", request.prompt_loss_weight)
-
-
-def _max_length(request: TrainRequest, renderer: Renderer) -> int:
-    context = renderer.tokenizer.context
-    if request.max_length == "auto":
-        return auto_max_length(context)
-    if request.max_length > context:
-        raise BadSetting(
-            f"--max-length: found {request.max_length}; this model reads at most {context} tokens.",
-            param="max_length",
-            hint=f"Choose {context} or less.",
-        )
-    return request.max_length
-
-
-def _read_data(
-    request: TrainRequest,
-    renderer: Renderer,
-    base_hash: str,
-    max_length: int,
-    seed: int,
-    emit: Emit,
-    heed: Callable[[], None],
-) -> tuple[Prepared, Rows, Rows | None]:
-    def read(paths: list[str], name: str) -> Prepared:
-        last = -1
-
-        def progress(done: int, total: int) -> None:
-            nonlocal last
-            heed()
-            share = 20 * done // max(total, 1)
-            if share != last:
-                last = share
-                emit("progress", name=name, done=done, total=total)
-
-        return rendered.prepare(
-            paths, renderer, base_hash, max_length=max_length, overlong=request.overlong, progress=progress
-        )
-
-    prepared = read(request.data, "data")
-    _tell_warnings(prepared, emit)
-    share = validation_share(request.validation)
-    if share is not None:
-        if request.validation == "auto":
-            share = auto_validation_share(len(prepared.rows))
-        train, validation = split(prepared.rows, share, seed)
-        return prepared, train, validation.answers()
-    if request.validation is None:
-        return prepared, prepared.rows, None
-    try:
-        held = read([request.validation], "validation")
-    except BadData as error:
-        error.param = "validation"
-        raise
-    _tell_warnings(held, emit)
-    if held.dropped or held.truncated:
-        emit(
-            "warning",
-            message=f"{held.dropped} validation rows were dropped and {held.truncated} cut at {max_length} tokens.",
-            hint="Raise --max-length to measure them whole.",
-        )
-    return prepared, prepared.rows, held.rows.answers()
-
-
-def _replay(
-    request: TrainRequest, renderer: Renderer, base_hash: str, max_length: int, seed: int, train: Rows, emit: Emit
-) -> tuple[Rows, int]:
-    """`train` with the general rows that were asked for, and how many; too long ones are left out, and counted."""
-    if not request.replay:
-        return train, 0
-    try:
-        paths = [request.replay_data or str(general.PLACE)]
-        found = rendered.prepare(paths, renderer, base_hash, max_length=max_length, overlong="drop")
-    except BadData as error:
-        error.param = "replay_data"
-        raise
-    _tell_warnings(found, emit)
-    mixed, count = mix(train, found.rows, request.replay, seed)
-    left_out = f" ({found.dropped} were too long)" if found.dropped else ""
-    emit("phase", name="data", message=f"{count} of {len(found.rows)} general rows are mixed in{left_out}")
-    return mixed, count
-
-
-def _tell_warnings(prepared: Prepared, emit: Emit) -> None:
-    for warning in prepared.warnings[:20]:
-        emit("warning", message=str(warning), hint="")
-    if prepared.warning_count > 20:
-        emit(
-            "warning", message=f"{prepared.warning_count - 20} more warnings about the data.", hint="luthier data show"
-        )
-
-
-def _asked_twice(train: Rows, validation: Rows | None) -> int:
-    """How many validation rows have a prompt that is trained on."""
-    asked = set(train.keys)
-    return sum(key in asked for key in validation.keys) if validation is not None else 0
 
 
 def _seed(run: RunFolder, request: TrainRequest) -> int:
@@ -364,7 +252,7 @@ def settle(
     request: TrainRequest, train: Rows, seed: int, max_length: int, precision: str, hidden_size: int, micro_tokens: int
 ) -> Settings:
     """Every "auto" becomes a number."""
-    rows = len(train)
+    rows = train.examples
     epochs = auto_epochs(rows, train.text) if request.epochs == "auto" else request.epochs
     batch_size = auto_batch_size(rows) if request.batch_size == "auto" else request.batch_size
     batch_size = min(batch_size, rows)
@@ -373,7 +261,8 @@ def settle(
         steps = min(steps, request.max_steps)
     rate = request.learning_rate
     if rate == "auto":
-        rate = auto_learning_rate(hidden_size, request.uses_adapter, train.supervised * batch_size / rows)
+        learnt = train.supervised * batch_size / rows
+        rate = auto_learning_rate(hidden_size, request.uses_adapter, learnt, request.prefers)
     return Settings(
         epochs=epochs,
         batch_size=batch_size,
@@ -385,6 +274,7 @@ def settle(
         micro_tokens=micro_tokens,
         precision="bfloat16" if precision == "bfloat16" else "float32",
         alpha=2.0 * request.rank if request.alpha is None else request.alpha,
+        beta=(AUTO_BETA if request.beta == "auto" else request.beta) if request.prefers else None,
     )
 
 
@@ -403,9 +293,9 @@ def _prove_path(model: Any, train: Rows, precision: str) -> None:
 def totals(rows: Rows, settings: Settings) -> dict[str, Any]:
     """What a run will compute: logical, supervised and physical tokens of one pass, planned as steps will be."""
     physical = 0
-    order = position_order(len(rows), settings.seed, 0)
-    for start in range(0, len(rows), settings.batch_size):
-        physical += forest.physical_tokens([rows[int(index)] for index in order[start : start + settings.batch_size]])
+    order = position_order(rows.examples, settings.seed, 0)
+    for start in range(0, rows.examples, settings.batch_size):
+        physical += forest.physical_tokens(rows.of(order[start : start + settings.batch_size].tolist()))
     return {
         "tokens": rows.tokens,
         "supervised_tokens": rows.supervised,
@@ -416,12 +306,20 @@ def totals(rows: Rows, settings: Settings) -> dict[str, Any]:
 
 def works_of(rows: Sequence[Row], ready: Ready, part: slice = slice(None)) -> list[tuple[int, planner.Work]]:
     """What the loop computes of a step's rows, or of a share of its micro-batches; each with its number in the step."""
-    return planner.works(rows, ready.settings.micro_tokens, part=part, trunks=step.branches(ready.model))
+    trunks = step.branches(ready.model)
+    return planner.works(rows, ready.settings.micro_tokens, part=part, trunks=trunks, each=ready.train.sides)
 
 
 def position_order(rows: int, seed: int, epoch: int) -> Any:
     """The order of rows in an epoch: a function of (seed, epoch) alone, so a resumed run needs no memory of it."""
     return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def examples_of(ready: Ready, step: int) -> list[int]:
+    """What optimizer step `step` (0-based) learns: `batch_size` examples, the last step what is left."""
+    position = step * ready.settings.batch_size
+    count = min(ready.settings.batch_size, ready.settings.epochs * ready.rows - position)
+    return step_rows(position, count, ready.rows, ready.settings.seed)
 
 
 def step_rows(position: int, count: int, rows: int, seed: int) -> list[int]:

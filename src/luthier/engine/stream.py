@@ -9,7 +9,8 @@ Does not know: how work is cut (planner.py), optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,16 +65,22 @@ def forward_backward(
 
 
 @torch.no_grad()
-def measure(model: Any, work: Work, tally: Tally | None = None, watch: Watch | None = None) -> Sums:
-    """Sums of `work`. `tally` counts its answers; `watch` may look at the hidden states [N, H] of each forest."""
-    seen: list[tuple[Forest, Tensor]] = []
+def states(model: Any, work: Work) -> Iterator[tuple[Forest, Tensor]]:
+    """Each forest of `work`, the trunk first, with its hidden states [N, H]."""
     trunk = Trunk(work.trunk.tokens) if work.trunk else None
-    total = Sums()
     for tree in (work.trunk, *work.forests):
         if tree is None or not (len(tree.sources) or tree is work.trunk):
             continue
         role = {"becomes": trunk} if tree is work.trunk else {"trunk": trunk}
-        hidden = step.hidden_states(model, tree, **role)
+        yield tree, step.hidden_states(model, tree, **role)
+
+
+@torch.no_grad()
+def measure(model: Any, work: Work, tally: Tally | None = None, watch: Watch | None = None) -> Sums:
+    """Sums of `work`. `tally` counts its answers; `watch` may look at the hidden states [N, H] of each forest."""
+    seen: list[tuple[Forest, Tensor]] = []
+    total = Sums()
+    for tree, hidden in states(model, work):
         sums, right = step.weigh(model, tree, hidden)
         total += sums
         seen.append((tree, right))
@@ -99,36 +106,54 @@ def measure_rows(
 
     The sequences of the forests that `watch` sees are indices of `rows`; without `trunks` all of a row is in one.
     """
-    was_training = model.training
-    model.eval()
-    total = Sums()
     planned = planner.works(rows, micro_tokens, part=part, trunks=trunks and step.branches(model))
-    try:
-        for done, (_, work) in enumerate(planned, 1):
+    total = Sums()
+    with _resting(model):
+        for work in _told(planned, progress):
             total += measure(model, work, tally, watch)
-            if progress:
-                progress(done, len(planned))
-    finally:
-        model.train(was_training)
     return total
 
 
 def row_log_probs(
-    model: Any, rows: Sequence[Row], micro_tokens: int, *, part: slice = slice(None)
+    model: Any,
+    rows: Sequence[Row],
+    micro_tokens: int,
+    *,
+    part: slice = slice(None),
+    each: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.float64]:
     """Log-probability, nats, of everything that each row learns, [rows]: sums over its targets, whatever they weigh.
 
-    Rows outside `part` of the micro-batches keep 0.
+    Rows outside `part` of the micro-batches keep 0; `each` following ones are in the same.
     """
     base = step.inner(model)
     head, vocabulary = losses.Head(base), step.vocabulary_of(base)
+    planned = planner.works(rows, micro_tokens, part=part, trunks=step.branches(model), each=each)
     found = np.zeros(len(rows))
-
-    def add(tree: Forest, hidden: Tensor) -> None:
-        targets = torch.from_numpy(tree.targets).to(hidden.device)
-        for cut in losses.slices(targets, vocabulary):
-            picked = head(hidden[cut]).log_softmax(-1).gather(1, targets[cut, None]).squeeze(1)
-            np.add.at(found, tree.sequences[cut], picked.double().cpu().numpy())
-
-    measure_rows(model, rows, micro_tokens, part=part, watch=add)
+    with _resting(model):
+        for work in _told(planned, progress):
+            for tree, hidden in states(model, work):
+                targets = torch.from_numpy(tree.targets).to(hidden.device)
+                nll, _ = losses.score(hidden, head, targets, vocabulary)
+                np.subtract.at(found, tree.sequences, nll.double().cpu().numpy())
     return found
+
+
+@contextlib.contextmanager
+def _resting(model: Any) -> Iterator[None]:
+    """Without dropout while inside."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _told(planned: Sequence[tuple[int, Work]], progress: Callable[[int, int], None] | None) -> Iterator[Work]:
+    """The works one after another; `progress` hears (done, total) after each."""
+    for done, (_, work) in enumerate(planned, 1):
+        yield work
+        if progress:
+            progress(done, len(planned))

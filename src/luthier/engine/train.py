@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 
 from luthier import __version__
-from luthier.engine import agreement, checkpoint, forecast, keep, machine, meter, metrics_file, publish, rung, stream
+from luthier.engine import agreement, checkpoint, forecast, keep, machine, meter, metrics_file, publish, rung
 from luthier.engine.ending import HeldOut, end
+from luthier.engine.preference import Preference
 from luthier.engine.ranks import join
 from luthier.engine.rung import Part
-from luthier.engine.setup import Ready, make_ready, seed_everything, silent, step_rows, totals, works_of
-from luthier.engine.step import Sums, Tally
+from luthier.engine.setup import Ready, examples_of, make_ready, silent, totals
+from luthier.engine.supervised import Supervised
 from luthier.spec.errors import UserError
 from luthier.spec.forecast import Forecast
 from luthier.spec.job import learning_rate_at
@@ -76,6 +77,7 @@ def train(run: RunFolder, estimate: bool = False, part: Part | None = None) -> N
         if estimate:
             emit("finished", status="estimated", model=None, report=None)
             return
+        loop.look_at_start(heed)
         if found:
             ready.masters.load(found[0], start)
             loop.restore(start, found[1]["progress"])
@@ -104,6 +106,8 @@ class Loop:
         self.run, self.ready, self.emit, self.rank, self.ranks = run, ready, emit, rank, ranks
         self.begun, self.before = begun, 0.0  # this attempt's start; seconds of earlier attempts
         self.settings, self.request = ready.settings, ready.request
+        share = slice(rank, None, ranks)
+        self.objective = Preference(ready, share) if ready.request.prefers else Supervised(ready, share)
         self.step, self.until = 0, ready.settings.steps  # `until`: where this attempt ends
         self.told: Forecast | None = None
         self.room = math.inf  # bytes that the process may hold before it is trimmed
@@ -112,6 +116,12 @@ class Loop:
             "first_loss": None, "last_loss": None, "tokens": 0, "supervised": 0, "physical": 0,
             "seconds": 0.0, "elapsed": 0.0,
         }  # fmt: skip
+
+    def look_at_start(self, heed: Callable[[], None]) -> None:
+        """What must be computed with the weights that the run starts from."""
+        if self.request.prefers:
+            self.emit("phase", name="reference", message="Log-probabilities of both answers under the start")
+        self.objective.begin(self._progress("reference"), heed)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -126,9 +136,10 @@ class Loop:
             self.until = part.steps(self.settings.steps)
         if start == 0:
             if self.rank == 0:
-                metrics_file.start(self.run)
+                metrics_file.start(self.run, self.request.prefers)
             if self.ready.validation is not None:
-                self.progress["base"] = self._validate()
+                self._validate()
+                self.progress["base"] = self.progress["last"]
         self.emit("phase", name="train", message=f"Training for {self.settings.steps} steps")
         while self.step < self.until:
             measured = self._one_step(self.step)
@@ -145,27 +156,15 @@ class Loop:
             self._validate()
 
     def _one_step(self, step: int) -> dict[str, Any]:
-        """One optimizer step over `batch_size` rows; returns its measurements (sums over all ranks)."""
+        """One optimizer step over `batch_size` examples; returns its measurements (sums over all ranks)."""
         begun = time.monotonic()
         settings, ready = self.settings, self.ready
-        position = step * settings.batch_size
-        count = min(settings.batch_size, settings.epochs * ready.rows - position)
-        rows = [ready.train[index] for index in step_rows(position, count, ready.rows, settings.seed)]
-        normaliser = float(sum(weights.sum() for _, weights in rows))
-        tokens = loss = 0.0
-        tally = Tally()
+        examples = examples_of(ready, step)
+        rows = ready.train.of(examples)
         ready.model.train()
-        for number, work in works_of(rows, ready, slice(self.rank, None, self.ranks)):
-            seed_everything(settings.seed, step, number)
-            loss += stream.forward_backward(
-                ready.model, work, normaliser, self.request.label_smoothing, tally, ready.masters.collect
-            )
-            tokens += work.tokens
-            if machine.memory_now() > self.room:
-                machine.trim()
+        learnt = self.objective.learn(examples, step, self._make_room)
         ready.masters.reduce()
-        loss, tokens, *counts = _add_up(loss, tokens, tally.tokens, tally.right, tally.rows, tally.whole)
-        tally = Tally(*counts)
+        loss = learnt["loss"]
         rate = learning_rate_at(step, settings, self.request.schedule)
         norm = ready.masters.step(rate, self.request.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -177,17 +176,19 @@ class Loop:
         return {
             "step": step + 1,
             "epoch": self._epoch(step + 1),
-            "loss": loss,
+            **learnt,
             "learning_rate": rate,
             "grad_norm": norm,
             "tokens": sum(len(ids) for ids, _ in rows),
             "supervised_tokens": int(sum((weights >= 1).sum() for _, weights in rows)),
-            "physical_tokens": int(tokens),
-            "token_accuracy": tally.token_accuracy,
-            "sequence_accuracy": tally.sequence_accuracy,
-            "examples": position + count,
+            "examples": step * settings.batch_size + len(examples),
             "seconds": time.monotonic() - begun,
         }
+
+    def _make_room(self) -> None:
+        """Hand back what was freed when more is held than was foretold."""
+        if machine.memory_now() > self.room:
+            machine.trim()
 
     def _due(self, every: int | str) -> bool:
         """Whether step `self.step` ends a stretch: N steps, or an epoch; the last step of an attempt always does."""
@@ -213,47 +214,29 @@ class Loop:
     # -- measuring -----------------------------------------------------------------------------------------------
 
     def _validate(self) -> dict[str, Any] | None:
-        """Exact held-out loss and token accuracy: sums over all rows, whatever the batches and ranks."""
+        """The held-out loss and what else the objective measures; None without rows."""
         rows = self.ready.validation
         if rows is None:
             return None
-        self.emit("phase", name="validate", message=f"Validating on {len(rows)} rows")
-        tally, look = Tally(), self.ready.classes.look(self.ready.model) if self.ready.classes else None
-        share = slice(self.rank, None, self.ranks)
-        sums = stream.measure_rows(
-            self.ready.model,
-            [rows[index] for index in range(len(rows))],
-            self.settings.micro_tokens,
-            part=share,
-            progress=lambda done, total: self.emit("progress", name="validate", done=done, total=total),
-            tally=tally,
-            watch=look,
-            trunks=look is None,
-        )
-        settings = self.settings
-        classes = look.columns(rows, settings.micro_tokens, settings.max_length, share) if look else None
-        nll, hits, weight, *counts = _add_up(
-            sums.nll, sums.hits, sums.weight, tally.tokens, tally.right, tally.rows, tally.whole
-        )
-        total, tally = Sums(nll, hits, weight), Tally(*counts)
-        score = Score(
-            rows=len(rows), loss=total.loss, token_accuracy=total.token_accuracy, supervised_tokens=rows.supervised
-        ).model_dump()
-        self.progress.update(last=score, last_step=self.step)
+        self.emit("phase", name="validate", message=f"Validating on {rows.examples} rows")
+        score, beside = self.objective.measure(self._progress("validate"))
+        self.progress.update(last=score.model_dump(), last_step=self.step)
         best = self.progress["best_loss"]
-        if self.step and total.loss is not None and (best is None or total.loss < best):
-            self.progress.update(best_loss=total.loss, best_step=self.step)
+        if self.step and score.loss is not None and (best is None or score.loss < best):
+            self.progress.update(best_loss=score.loss, best_step=self.step)
         self.emit(
             "validation",
             step=self.step,
             epoch=self._epoch(self.step),
-            loss=total.loss,
-            token_accuracy=total.token_accuracy,
-            sequence_accuracy=tally.sequence_accuracy,
+            loss=score.loss,
+            token_accuracy=score.token_accuracy,
             supervised_tokens=rows.supervised,
-            classification=classes,
+            **beside,
         )
-        return score
+        return {"loss": score.loss, "token_accuracy": score.token_accuracy, **beside}
+
+    def _progress(self, name: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.emit("progress", name=name, done=done, total=total)
 
     def announce(self) -> dict[str, Any]:
         """Tell what the data came to; returns the totals."""
@@ -264,7 +247,7 @@ class Loop:
             "prepared",
             rows=prepared.records,
             train_rows=self.ready.rows,
-            validation_rows=len(rows) if rows else 0,
+            validation_rows=rows.examples if rows else 0,
             **counts,
             dropped=prepared.dropped,
             truncated=prepared.truncated,
@@ -325,7 +308,7 @@ class Loop:
         self.step, self.progress, self.before = step, progress, float(progress["elapsed"])
         if self.rank:
             return
-        metrics_file.cut(self.run, step)
+        metrics_file.cut(self.run, step, self.request.prefers)
         told = {event["step"] for _, event in self.run.events() if event["type"] == "checkpoint"}
         if step not in told:  # killed between the two
             self._tell_checkpoint()
@@ -411,11 +394,3 @@ class Loop:
             weights_changed=weights_changed,
             forecast=forecast.told(self.run),
         )
-
-
-def _add_up(*values: float) -> tuple[float, ...]:
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
-    return tuple(total.tolist())

@@ -34,6 +34,7 @@ METRICS: dict[str, Metric] = {
         Metric("text", "chrF, mean over rows", text, pass_mark=PASS_MARK),
         # scored by the engine: nothing is answered
         Metric("perplexity", "loss per token, in nats", exact_match, pass_mark=None, higher_is_better=False),
+        Metric("preference", "share of pairs whose preferred answer is found likelier", exact_match),
     )
 }
 
@@ -72,7 +73,7 @@ def _is_json(answer: str) -> bool:
 
 
 def _named(asked: str, wanted: Sequence[str]) -> Metric:
-    if asked not in METRICS:
+    if asked not in CHOSEN_METRICS:
         raise BadSetting(
             f"--metric: found {asked!r}; wanted auto, {', '.join(CHOSEN_METRICS)}.",
             param="metric",

@@ -23,6 +23,7 @@ class Forecast(BaseModel):
     epochs: int
     steps: int
     micro_batches: int = Field(description="Forward and backward passes of the whole run.")
+    reference_seconds: float = Field(default=0.0, description="With dpo: both answers under the start.")
     load_seconds: float = Field(description="Loading, reading and measuring: known by the time of the forecast.")
     train_seconds: float
     validate_seconds: float
@@ -46,6 +47,7 @@ class Forecast(BaseModel):
         """(word, seconds) in the order of the run; no proof and no meter where there will be none."""
         always = [
             ("loading", self.load_seconds),
+            *([("reference", self.reference_seconds)] if self.reference_seconds else []),
             ("training", self.train_seconds),
             ("validating", self.validate_seconds),
             ("saving", self.save_seconds),

@@ -20,9 +20,12 @@ Method = str  # lora | rslora | dora | pissa | full | freeze:N
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
+Objective = Literal["supervised", "dpo"]
 AUTO_TEMPLATE = "auto"  # of `template`: the model's own, or another where the own one cannot say the data's tools
 AUTO_SHARE, MOST_HELD_OUT = 0.1, 500  # of `validation: auto`
 QUIET = 128  # learnt tokens of a step from which on its gradient is no longer mostly noise (docs/experiments.md)
+AUTO_BETA = 0.1  # of DPO: the value of its paper's experiments
+PREFERENCE_RATE = 0.1  # of the supervised rate: an answer's whole log-probability moves at once
 METHODS = ("lora", "rslora", "dora", "pissa", "full", "freeze:N")
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -87,6 +90,14 @@ class TrainRequest(BaseModel):
     )
     continue_from: str | None = Field(
         default=None, description="Go on from this tuned model's weights: a run, an adapter or a full model of --model."
+    )
+    objective: Objective = Field(
+        default="supervised",
+        description="What is learnt: supervised (to give the answers) or dpo (to prefer one answer to another; "
+        "preference records).",
+    )
+    beta: Annotated[float, Field(gt=0, le=2)] | Auto = Field(
+        default="auto", description=f"With dpo: how strongly the start holds the model; auto: {AUTO_BETA}."
     )
     method: Method = Field(default="lora", description="Which weights learn: " + ", ".join(METHODS) + ".")
     template: str | None = Field(
@@ -180,6 +191,24 @@ class TrainRequest(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _fits_objective(self) -> TrainRequest:
+        if not self.prefers:
+            if self.beta != "auto":
+                raise ValueError("beta means nothing with objective supervised; leave it out, or choose dpo")
+            return self
+        asked = ("replay", "prompt_loss_weight", "classification_n_classes", "classification_positive_class")
+        for name in asked:
+            if getattr(self, name):
+                raise ValueError(f"{name} is for supervised rows, and objective dpo has pairs; leave it out")
+        if self.keep_general:
+            raise ValueError("keep_general chooses a scale by answers, and objective dpo has pairs; leave it out")
+        if self.dropout:
+            raise ValueError("with dropout the two answers of a pair would be judged by two models; leave it out")
+        if self.metric != "auto":
+            raise ValueError("with objective dpo the metric is which answer the model prefers; leave metric out")
+        return self
+
+    @model_validator(mode="after")
     def _replay_has_rows(self) -> TrainRequest:
         if self.replay_data and not self.replay:
             raise ValueError("replay_data needs replay: how many general rows to take from it")
@@ -216,6 +245,11 @@ class TrainRequest(BaseModel):
         return self.classification_positive_class is not None or self.classification_n_classes is not None
 
     @property
+    def prefers(self) -> bool:
+        """Whether rows come in pairs of a preferred answer and another."""
+        return self.objective == "dpo"
+
+    @property
     def uses_adapter(self) -> bool:
         return self.method in ("lora", "rslora", "dora", "pissa")
 
@@ -235,6 +269,7 @@ class Settings(BaseModel):
     micro_tokens: int
     precision: Literal["bfloat16", "float32"]
     alpha: float
+    beta: float | None = None
 
 
 def make_request(values: dict[str, Any]) -> TrainRequest:
@@ -288,15 +323,15 @@ def auto_batch_size(rows: int) -> int:
     return int(2 ** min(5, max(2, round(math.log2(rows / 80)))))
 
 
-def auto_learning_rate(hidden_size: int, adapter: bool, learnt: float) -> float:
+def auto_learning_rate(hidden_size: int, adapter: bool, learnt: float, prefers: bool = False) -> float:
     """5e-5 x (10 with an adapter) x (2000 / hidden size) ^ 0.78 x min(1, sqrt(learnt / QUIET)), two significant digits;
-    `learnt`: tokens that a step learns on average.
+    `learnt`: tokens that a step learns on average. Preferences (dpo) are learnt at PREFERENCE_RATE of that.
 
     Sources: Schulman et al., "LoRA Without Regret" (Thinking Machines, 2025), its fit for Llama-like models and the
     factor 10 between adapter and full tuning; Malladi et al., "On the SDEs and Scaling Rules for Adaptive Gradient
     Algorithms" (2022): where a step's gradient is mostly noise, the rate follows the square root of what it averages.
     """
-    rate = 5e-5 * (10 if adapter else 1) * (2000 / hidden_size) ** 0.78
+    rate = 5e-5 * (10 if adapter else 1) * (2000 / hidden_size) ** 0.78 * (PREFERENCE_RATE if prefers else 1)
     return float(f"{rate * min(1.0, math.sqrt(max(1.0, learnt) / QUIET)):.1e}")
 
 

@@ -10,11 +10,13 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 WayName = Literal["base", "examples", "tuned"]  # as it came; with examples in the prompt; after tuning
-MetricName = Literal["exact_match", "classification", "json", "tool_calls", "numeric", "text", "perplexity", "grader"]
+MetricName = Literal[
+    "exact_match", "classification", "json", "tool_calls", "numeric", "text", "perplexity", "preference", "grader"
+]
 Verdict = Literal["helped", "not shown to help", "worse"]
 WAYS: tuple[WayName, ...] = get_args(WayName)
 METRICS: tuple[str, ...] = get_args(MetricName)
-CHOSEN_METRICS = tuple(name for name in METRICS if name != "grader")  # what a request may name
+CHOSEN_METRICS = tuple(name for name in METRICS if name not in ("preference", "grader"))  # what a request may name
 EXAMPLES = 4  # training rows in the prompt of the way `examples`, when nothing else is asked
 LEVEL = 0.05  # a difference counts as shown below this p-value
 

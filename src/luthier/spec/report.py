@@ -23,9 +23,14 @@ class Score(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     rows: int = Field(description="Rows measured.")
-    loss: float | None = Field(default=None, description="Mean negative log-likelihood per supervised token, nats.")
+    loss: float | None = Field(
+        default=None, description="Mean negative log-likelihood per supervised token, nats; of pairs the mean DPO loss."
+    )
     token_accuracy: float | None = Field(default=None, description="Share of supervised tokens that are the argmax.")
     exact_match: float | None = Field(default=None, description="Share of greedy answers equal to the reference.")
+    preference_accuracy: float | None = Field(
+        default=None, description="Share of pairs whose preferred answer the model finds likelier than the other."
+    )
     supervised_tokens: int = 0
 
 

@@ -37,8 +37,8 @@ from luthier.spec.errors import NotFound, NotNow
 # Events, in the order a run emits them; the value says which keys each carries beside `time` and `type`.
 EVENTS: dict[str, str] = {
     "started": "pid, run, version, resumed_from (step or null)",
-    "phase": "name (load | data | plan | forecast | train | validate | save | keep | prove | curve | forgetting), "
-    "message",
+    "phase": "name (load | data | plan | forecast | reference | train | validate | save | keep | prove | curve | "
+    "forgetting), message",
     "progress": "name, done, total: long work that is not a training step",
     "prepared": "rows, train_rows, validation_rows, tokens, supervised_tokens, physical_tokens, tree_ratio, "
     "dropped, truncated, steps, settings (the resolved ones)",
@@ -46,10 +46,11 @@ EVENTS: dict[str, str] = {
     "warning": "message, hint",
     "step": "step, steps, epoch, loss, learning_rate, grad_norm, tokens, supervised_tokens, seconds, "
     "token_accuracy, sequence_accuracy (share of the rows whose answer is right in every token; both of this step's "
-    "rows, before its update), examples (rows so far, repeats counted), memory_bytes, "
+    "rows, before its update; null with dpo), preference (with dpo reward_accuracy and preference_accuracy, shares of "
+    "this step's pairs, and reward_margin; else null), examples (rows so far, repeats counted), memory_bytes, "
     "eta_seconds (until the run is over, ending included)",
     "validation": "step, epoch, loss, token_accuracy, sequence_accuracy, supervised_tokens, "
-    "classification (name: number or null; null when it was not asked for)",
+    "classification (name: number or null; null when it was not asked for), preference (as in step)",
     "checkpoint": "step, path, best (bool), published (a servable folder, or null)",
     "rung": "share (N/D, of all steps), step, steps, loss, metric, higher_is_better, score (null unless it was asked "
     "for), base and forgetting (the base's score, and what was forgotten; null unless that decides too), rows: a part "
