@@ -124,6 +124,17 @@ def test_a_record_that_becomes_two_rows_repeats_its_number(tmp_path: Path, capsy
     assert shown[1]["supervised_text"] == "<think>y</think>d<|im_end|>"
 
 
+def test_pairs_show_both_answers(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "a.jsonl", {"prompt": "Why?", "chosen": "Because.", "rejected": "No."})
+    assert called("data", "show", file, "--model", model, "--json") == 0
+    shown = objects(capsys)
+    assert [(each["row"], each["answer"]) for each in shown] == [(1, "preferred"), (1, "rejected")]
+    assert shown[0]["supervised_text"].startswith("Because.") and shown[1]["supervised_text"].startswith("No.")
+    assert called("data", "show", file, "--model", model) == 0
+    text = capsys.readouterr().out
+    assert "-- row 1 (line 1): preferred, " in text and "-- row 1 (line 1): rejected, " in text
+
+
 def test_row_and_limit(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "a.jsonl", *[chat(("user", "a"), ("assistant", str(n))) for n in range(1, 6)])
     assert called("data", "show", file, "--model", model, "--json", "--row", "4") == 0

@@ -35,6 +35,24 @@ def adapted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "tuned"
 
 
+def test_pairs_by_which_answer_is_likelier(run: Run, adapted: str, tmp_path: Path) -> None:
+    """Base beside tuned, and the shares are those of the rows; shown rows cannot be pairs."""
+    pairs = [{"prompt": f"say {n}", "chosen": f"yes {n}", "rejected": f"no, {n}, no"} for n in range(12)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    code, out, _ = run(adapted, "--data", path, "--json")
+    assert code == 0
+    report = Report.model_validate_json(out)
+    assert report.base and report.tuned and report.proof and report.proof.metric == "preference"
+    assert report.tuned.loss is None and report.tuned.rows == 12
+    share = sum(row.scores["tuned"] for row in report.proof.rows) / 12
+    assert report.tuned.preference_accuracy == pytest.approx(share)
+    code, out, _ = run(adapted, "--data", path)
+    assert code == 0 and "preferred likelier" in out and "token accuracy" not in out
+    code, _, error = run(adapted, "--data", path, "--examples-from", path)
+    assert code == 2 and "pairs of answers" in error
+
+
 def rows(folder: Path, count: int = 4, **more: Any) -> Path:
     path = folder / "held-out.jsonl"
     with path.open("w") as out:

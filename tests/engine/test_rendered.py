@@ -39,7 +39,8 @@ def same(left: Prepared, right: Prepared) -> bool:
         rows = found.rows
         account = {name: value for name, value in vars(found).items() if name != "rows"}
         return [
-            account, rows.digest(), rows.sources, rows.keys, rows.tokens, rows.supervised, rows.text, rows.pairs,
+            account, rows.digest(), rows.places, rows.sides, rows.keys, rows.tokens, rows.supervised, rows.text,
+            rows.pairs,
         ]  # fmt: skip
 
     return told(left) == told(right)
@@ -61,6 +62,19 @@ def test_kept_is_rendered(tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatc
     again = rendered.prepare([str(data)], renderer, "base", **options, progress=lambda *now: told.append(now))
     assert same(plain, first) and same(plain, again)
     assert told == [(data.stat().st_size, data.stat().st_size)]
+
+
+def test_pairs_and_several_files_keep_their_places(tiny: Path, tmp_path: Path) -> None:
+    paths = []
+    for name in ("a", "b"):
+        pairs = [{"prompt": f"{name} {n}", "chosen": "yes", "rejected": "no"} for n in range(3)]
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    found = [
+        rendered.prepare(list(map(str, paths)), Renderer.load(tiny), "base", max_length=99, pairs=True) for _ in "12"
+    ]
+    assert same(*found) and found[0].rows.sides == 2
+    assert found[1].rows.places[-1] == (1, 3) and found[1].rows.places[0] == (0, 1)
 
 
 def test_what_decides_the_rows_decides_the_entry(tiny: Path, data: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.output import console, plural, print_json, resolve_model, speaks_unicode, visible
-from luthier.spec.data import Example, Problem, Rendered, Text
+from luthier.spec.data import Preference, Problem, Rendered, Text
 from luthier.spec.errors import BadSetting, NotFound, UserError
 from luthier.spec.job import auto_max_length
 
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text as Styled
 
+    from luthier.data.pairs import Meaning
     from luthier.data.render import Renderer
     from luthier.data.tokenizer import Tokenizer
 
 app = typer.Typer(help="Look at data files as training sees them.", no_args_is_help=True)
 CHUNK = 256  # records tokenised at a time
 SHOWN = 3
+SIDES = ("preferred", "rejected")
 
 Model = Annotated[str, typer.Option("--model", help="A catalogue name, a local folder, or a Hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -45,6 +47,7 @@ class Shown:
     row: int
     line: int = 0
     rendered: list[Rendered] = field(default_factory=list)
+    pair: bool = False  # `rendered` is a preferred answer and the other one
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -91,19 +94,19 @@ def show(
 
 def _records(file: Path, renderer: Renderer, max_length: int) -> Iterator[Shown]:
     """Every record of the file in order, a few hundred rendered at a time."""
-    from luthier.data.formats import read_examples
+    from luthier.data.pairs import holds_pairs, read_meanings, render_all
 
-    groups = _by_record(read_examples(file))
+    groups = _by_record(read_meanings(file, holds_pairs(file)))
     while chunk := list(islice(groups, CHUNK)):
-        examples = [item for group in chunk for item in group if not isinstance(item, Problem)]
-        rendered = renderer.try_render(examples)
+        meanings = [item for group in chunk for item in group if not isinstance(item, Problem)]
+        rendered = render_all(renderer, meanings)
         for group in chunk:
             yield _record(group, rendered, max_length, str(file))
 
 
-def _by_record(items: Iterable[Example | Problem]) -> Iterator[list[Example | Problem]]:
+def _by_record(items: Iterable[Meaning | Problem]) -> Iterator[list[Meaning | Problem]]:
     """What belongs to one record: its problems, then its Example if it has one; what comes later is about the file."""
-    group: list[Example | Problem] = []
+    group: list[Meaning | Problem] = []
     for item in items:
         if group and (item.row != group[-1].row or not isinstance(group[-1], Problem)):
             yield group
@@ -114,8 +117,8 @@ def _by_record(items: Iterable[Example | Problem]) -> Iterator[list[Example | Pr
 
 
 def _record(
-    group: Sequence[Example | Problem],
-    rendered: Iterator[tuple[Example, list[Rendered] | Problem]],
+    group: Sequence[Meaning | Problem],
+    rendered: Iterator[tuple[Meaning, list[Rendered] | Problem]],
     max_length: int,
     file: str,
 ) -> Shown:
@@ -129,6 +132,7 @@ def _record(
             shown.problems.append(rows)
             continue
         shown.rendered += _windows(example, rows, max_length)
+        shown.pair = isinstance(example, Preference) and len(rows) == 2
     for row in shown.rendered:
         shown.problems += _unusable(row, shown, max_length, file)
     if not shown.rendered and all(problem.severity == "warning" for problem in shown.problems):
@@ -136,7 +140,7 @@ def _record(
     return shown
 
 
-def _windows(example: Example, rows: list[Rendered], max_length: int) -> list[Rendered]:
+def _windows(example: Meaning, rows: list[Rendered], max_length: int) -> list[Rendered]:
     """Texts are cut as training cuts them."""
     from luthier.data.dataset import windows
 
@@ -161,11 +165,12 @@ def _as_json(records: Iterator[Shown], renderer: Renderer, limit: int | None, ro
         found = True
         problems = [problem.as_dict() for problem in record.problems]
         failed = failed or any(problem.severity == "error" for problem in record.problems)
-        for rendered in record.rendered or [Rendered([], [])]:
+        for side, rendered in enumerate(record.rendered or [Rendered([], [])]):
             learnt = [token for token, weight in zip(rendered.ids, rendered.weights, strict=True) if weight >= 1]
             print_json(
                 {
                     "row": record.row,
+                    **({"answer": SIDES[side]} if record.pair else {}),
                     "tokens": [
                         {"id": token, "text": renderer.tokenizer.token_text(token), "weight": weight}
                         for token, weight in zip(rendered.ids, rendered.weights, strict=True)
@@ -196,8 +201,8 @@ def _as_text(records: Iterator[Shown], renderer: Renderer, limit: int | None, ro
             if not shown:
                 painter.legend()
             shown += 1
-            for rendered in record.rendered:
-                painter.row(record, rendered, ids)
+            for side, rendered in enumerate(record.rendered):
+                painter.row(record, rendered, ids, SIDES[side] if record.pair else "")
         for problem in record.problems:
             errors += problem.severity == "error"
             warnings += problem.severity == "warning"
@@ -235,10 +240,10 @@ class Painter:
         )
         self.out.print(legend, soft_wrap=True)
 
-    def row(self, record: Shown, rendered: Rendered, ids: bool) -> None:
+    def row(self, record: Shown, rendered: Rendered, ids: bool, side: str) -> None:
         from rich.text import Text
 
-        counts = f"{plural(len(rendered.ids), 'token')}, {rendered.supervised:,} learnt"
+        counts = f"{side + ', ' if side else ''}{plural(len(rendered.ids), 'token')}, {rendered.supervised:,} learnt"
         self.out.print(Text(f"-- row {record.row} (line {record.line}): {counts}", style="bold"), soft_wrap=True)
         self.out.print(self.tokens(rendered) if ids else self.text(rendered), soft_wrap=not ids)
 

@@ -124,9 +124,7 @@ def _conversion(file: Scanned) -> Iterator[Finding]:
     """Files that training does not read as they are, and the command that makes one which it does."""
     conversion, columns = file.columns.conversion, file.columns
     if columns.format == "preference" and columns.examples:
-        message = f"{plural_rows(columns.examples)} with pairs of answers, and this version trains on one answer a row"
-        fix = command(file.path, "--to chat --lossy") if columns.examples == columns.records else None
-        yield make_finding("convert", file.path, columns.examples, [], [], message=message, level="warning", fix=fix)
+        yield make_finding("pairs", file.path, columns.examples, [])
     elif conversion is not None:
         message = f"{conversion.found}, {plural_rows(conversion.rows)}: to be converted before training"
         details = [conversion.why] if conversion.why else []

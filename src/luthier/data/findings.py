@@ -60,6 +60,13 @@ KINDS: dict[str, Kind] = {
     "nothing_supervised": Kind(
         "error", "no token to learn", "The row would cost time and teach nothing.", "--drop nothing_supervised"
     ),
+    # -- what only some settings train on ----------------------------------------------------------------------------
+    "pairs": Kind(
+        "note",
+        "with two answers, a preferred one and another",
+        "They are for `luthier train --objective dpo` (over the API: the method dpo); supervised runs refuse them.",
+        by_row=False,
+    ),
     # -- the same again ----------------------------------------------------------------------------------------------
     "duplicate": Kind(
         "warning",
