@@ -23,7 +23,7 @@ from luthier.spec.errors import BadSetting, NotNow
 from luthier.spec.run import RunFolder
 from luthier.spec.sweep import Result
 from tests.cli.calling import caller
-from tests.engine.runs import chats, events, write
+from tests.engine.runs import chats, events, preferences, write
 
 WEIGHTS = "adapter_model.safetensors"
 SAME = (
@@ -312,6 +312,36 @@ def test_by_metric_and_rendered_rows_are_made_once(home: Path, tiny: Path, tmp_p
         for rung in trial.rungs:
             assert (rung.metric, rung.rows) == ("exact_match", 13) and rung.score is not None
     assert found["by"] == "metric"
+
+
+def test_over_pairs(home: Path, tiny: Path, tmp_path: Path) -> None:
+    """By which answer is likelier, as runs of two betas; what the start makes of the pairs is computed once."""
+    data, out, own = write(tmp_path / "pairs.jsonl", preferences(40)), tmp_path / "sweep", tmp_path / "home"
+    own.mkdir()
+    words = ["sweep", "--model", str(tiny), "--data", str(data), "--out", str(out), "--objective", "dpo", "--seed", "7"]
+    words += [
+        "--beta",
+        "0.05,0.5",
+        "--by",
+        "metric",
+        "--max-steps",
+        "6",
+        "--precision",
+        "float32",
+        "--forgetting",
+        "off",
+    ]
+    _, err = ended(luthier(own, *[word for word in words if word not in ("--by", "metric")]), 2)
+    assert "Losses of different betas" in err
+    said, _ = ended(luthier(own, *words, "--json"))
+    assert json.loads(said)["winner"] in (1, 2)
+    for trial in results(out).trials:
+        assert {rung.metric for rung in trial.rungs} == {"preference"}
+    told = [event for run in out.glob("trials/*") for event in events(RunFolder(run), "forecast")]
+    assert len(told) >= 2 and sorted(event["reference_seconds"] > 0 for event in told) == [False] * (len(told) - 1) + [
+        True
+    ]
+    assert len(list(own.glob("cache/references/*.jsonl"))) == 1
 
 
 def test_trials_are_weighed_by_what_they_forgot(home: Path, tiny: Path, data: Path, tmp_path: Path) -> None:

@@ -28,10 +28,11 @@ def test_rungs_grow_to_the_whole_as_trials_are_left(trials: int, halving: int) -
 
 @pytest.mark.parametrize("name", GRID)
 def test_every_option_of_the_grid_takes_several_values(name: str) -> None:
-    given = "0.5, 0.25" if name.startswith("learning_rate") else "2,4,2"
-    shared, grid = read_grid({"model": "m", "data": ["d"], name: given})
-    assert shared == {"model": "m", "data": ["d"]}
-    assert grid == {name: [0.5, 0.25] if name.startswith("learning_rate") else [2, 4]}
+    real = name == "beta" or name.startswith("learning_rate")
+    others = {"model": "m", "data": ["d"], **({"objective": "dpo"} if name == "beta" else {})}
+    shared, grid = read_grid({**others, name: "0.5, 0.25" if real else "2,4,2"})
+    assert shared == others
+    assert grid == {name: [0.5, 0.25] if real else [2, 4]}
 
 
 def test_values_multiply_and_one_value_is_shared() -> None:

@@ -26,9 +26,9 @@ OWN = ("out", "resume", "halving", "by", "processes", "as_json")
 def sweep(**options: Any) -> None:
     """Try several settings, leave the worse ones early, prove the best one.
 
-    Takes the options of `luthier train`. Learning rate, its multiplier, rank, epochs and batch size may have several
-    values, separated by commas; with none, the automatic learning rate is tried at 0.3, 1 and 3 times. The rows that
-    decide are not the rows that prove. The same command again, or `--resume`, goes on where a sweep was stopped or
+    Takes the options of `luthier train`. Learning rate, its multiplier, rank, epochs, batch size and beta may have
+    several values, separated by commas; with none, the automatic learning rate is tried at 0.3, 1 and 3 times. The rows
+    that decide are not the rows that prove. The same command again, or `--resume`, goes on where a sweep was stopped or
     killed. Exit codes: as `luthier train`; 1 or 2 only when no trial is left.
     """
     from luthier.cli.sweep_view import show, watcher
@@ -94,6 +94,12 @@ def _asked(folder: Folder, given: dict[str, Any], own: dict[str, Any]) -> Asked:
     request, values = read_request(shared)
     if own["by"] == "metric" and request.proof_rows == 0:
         raise BadSetting("--by metric asks the model for answers, and --proof-rows 0 for none.", param="by")
+    if own["by"] == "loss" and "beta" in grid:
+        raise BadSetting(
+            "Losses of different betas measure different things, so they decide nothing.",
+            hint="Decide by which answer is likelier: --by metric.",
+            param="by",
+        )
     combinations(values, grid)
     values["model"] = model_reference(request.model, resolve_model(request.model))
     seed = values.setdefault("seed", secrets.randbelow(2**31))

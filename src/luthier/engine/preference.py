@@ -210,4 +210,4 @@ class _Pass:
         if self.sent is None:
             losses.backward(self.hidden, self.head, self.targets, each, 1.0, self.vocabulary)
         elif self.hidden.requires_grad:
-            self.hidden.backward(self.sent * each[:, None].to(self.sent.dtype))
+            self.hidden.backward((self.sent * each[:, None]).to(self.sent.dtype))

@@ -20,7 +20,8 @@ from luthier.spec.job import TrainRequest, make_request
 from luthier.spec.keeping import KEPT_SHARE
 from luthier.spec.proof import Proof
 
-GRID = ("learning_rate", "learning_rate_multiplier", "rank", "epochs", "batch_size")  # options that take several values
+# Options that take several values.
+GRID = ("learning_rate", "learning_rate_multiplier", "rank", "epochs", "batch_size", "beta")
 USUAL = {"learning_rate_multiplier": ["0.3", "1", "3"]}  # tried when nothing is given more than one value
 MOST_TRIALS = 64
 By = Literal["loss", "metric"]
@@ -125,7 +126,8 @@ def read_grid(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[Any
         several = dict(USUAL)
     typed: dict[str, list[Any]] = {}
     for name, values in several.items():
-        made = [getattr(make_request({"model": "any", "data": ["any"], name: value}), name) for value in values]
+        around = {"model": "any", "data": ["any"], "objective": given.get("objective", "supervised")}
+        made = [getattr(make_request({**around, name: value}), name) for value in values]
         typed[name] = list(dict.fromkeys(made))
     return shared, typed
 
