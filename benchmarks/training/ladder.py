@@ -22,7 +22,7 @@ def _sharing(stack: ExitStack) -> None:
     never = 1 << 30
     stack.enter_context(mock.patch.object(planner, "MIN_SAVED", never))
     plan, build = forest.plan, forest.build
-    stack.enter_context(mock.patch.object(forest, "plan", lambda rows, budget, *_: plan(rows, budget, never)))
+    stack.enter_context(mock.patch.object(forest, "plan", lambda rows, budget, *_, **__: plan(rows, budget, never)))
     stack.enter_context(
         mock.patch.object(forest, "build", lambda rows, sequences=None, *_: build(rows, sequences, never))
     )
@@ -58,7 +58,7 @@ def _packing(stack: ExitStack) -> None:
     from luthier.engine import forest, planner
 
     stack.enter_context(mock.patch.object(planner, "MIN_SAVED", 1 << 30))
-    stack.enter_context(mock.patch.object(forest, "plan", lambda rows, *_: [[index] for index in range(len(rows))]))
+    stack.enter_context(mock.patch.object(forest, "plan", lambda rows, *_, **__: [[index] for index in range(len(rows))]))
 
 
 def _fused(stack: ExitStack) -> None:

@@ -54,7 +54,7 @@ def train(job: jobs.Job) -> jobs.Record:
 
 @contextmanager
 def _in_place(job: jobs.Job, record: jobs.Record) -> Iterator[None]:
-    from luthier.engine import models, optimizer, setup
+    from luthier.engine import models, optimizer, reading, setup
     from luthier.engine import train as engine
 
     attach, step, one_step, go = models.attach, optimizer.Masters.step, engine.Loop._one_step, engine.Loop.go
@@ -91,7 +91,7 @@ def _in_place(job: jobs.Job, record: jobs.Record) -> Iterator[None]:
         go(self, *given)
 
     with (
-        mock.patch.object(setup, "_read_data", read_data),
+        mock.patch.object(reading, "read", read_data),
         mock.patch.object(setup, "position_order", lambda rows, seed, epoch: np.arange(rows)),
         mock.patch.object(setup.models, "attach", attach_ours),
         mock.patch.object(optimizer.Masters, "step", step_seen),
