@@ -57,8 +57,11 @@ def _packing(stack: ExitStack) -> None:
     """One row in a forward pass."""
     from luthier.engine import forest, planner
 
+    def alone(rows: Sequence[Any], *_: Any, **__: Any) -> list[list[int]]:
+        return [[index] for index in range(len(rows))]
+
     stack.enter_context(mock.patch.object(planner, "MIN_SAVED", 1 << 30))
-    stack.enter_context(mock.patch.object(forest, "plan", lambda rows, *_, **__: [[index] for index in range(len(rows))]))
+    stack.enter_context(mock.patch.object(forest, "plan", alone))
 
 
 def _fused(stack: ExitStack) -> None:
