@@ -48,7 +48,7 @@ def test_pairs_by_which_answer_is_likelier(run: Run, adapted: str, tmp_path: Pat
     share = sum(row.scores["tuned"] for row in report.proof.rows) / 12
     assert report.tuned.preference_accuracy == pytest.approx(share)
     code, out, _ = run(adapted, "--data", path)
-    assert code == 0 and "preferred likelier" in out and "token accuracy" not in out
+    assert code == 0 and "pairs right" in out and "token accuracy" not in out
     code, _, error = run(adapted, "--data", path, "--examples-from", path)
     assert code == 2 and "pairs of answers" in error
 

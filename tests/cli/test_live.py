@@ -251,6 +251,19 @@ def test_plain_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1] == "checkpoint at step 1000"
 
 
+def test_of_pairs_it_tells_how_many_are_right(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = {"reward_accuracy": 0.875, "reward_margin": 1.25, "preference_accuracy": 0.625}
+    held = {**validation(40), "token_accuracy": None, "preference": chosen}
+    text = drawn(100, 30, [*STORY[:-2], held, step(41, 0.5, preference=chosen)], color_system=None)
+    assert "pairs right" in text and "62.5%" in text and "reward margin" in text and "1.250" in text
+    assert "token accuracy" not in text
+    with PlainView(REQUEST, "runs/x") as view:
+        view.see(held)
+    assert "validation at step 40: loss 1.5000, pairs right 62.5%" in capsys.readouterr().out
+    scores = {"base": {"preference_accuracy": 0.5}, "tuned": {"preference_accuracy": 0.75}}
+    assert dict(summary({**REPORT, **scores}, "/m"))["pairs right"] == "50.0% (base) -> 75.0% (tuned)"
+
+
 def test_the_plan_in_words() -> None:
     assert plan_words(PREPARED) == (
         "486 rows to train on and 54 held out; 45,000 tokens, 12,345 learnt, shared prefixes save a factor of 1.50. "

@@ -215,7 +215,7 @@ _LINES: tuple[tuple[str, Callable[[Score], str]], ...] = (
     ("held-out loss", lambda score: _number(score.loss)),
     ("token accuracy", lambda score: _share(score.token_accuracy)),
     ("exact match", lambda score: _share(score.exact_match)),
-    ("preferred likelier", lambda score: _share(score.preference_accuracy)),
+    ("pairs right", lambda score: _share(score.preference_accuracy)),
     ("rows", lambda score: f"{score.rows:,}"),
     ("learnt tokens", lambda score: f"{score.supervised_tokens:,}"),
 )

@@ -253,7 +253,7 @@ class _Screen:
 def _accuracy(validation: dict[str, Any]) -> tuple[str, str]:
     """(label, value) of what a validation counts."""
     if chosen := validation.get("preference"):
-        return "preferred likelier", number(chosen["preference_accuracy"], ".1%")
+        return "pairs right", number(chosen["preference_accuracy"], ".1%")
     return "token accuracy", number(validation.get("token_accuracy"), ".1%")
 
 
@@ -383,7 +383,7 @@ def summary(report: dict[str, Any], model: str) -> list[tuple[str, str]]:
             ("loss", "validation loss", ".4f"),
             ("token_accuracy", "token accuracy", ".1%"),
             ("exact_match", "exact match", ".1%"),
-            ("preference_accuracy", "preferred likelier", ".1%"),
+            ("preference_accuracy", "pairs right", ".1%"),
         ):
             if tuned.get(key) is not None:
                 before = f"{number((base or {}).get(key), form)} (base) -> " if base else ""
