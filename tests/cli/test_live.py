@@ -269,6 +269,8 @@ def test_the_plan_in_words() -> None:
         "486 rows to train on and 54 held out; 45,000 tokens, 12,345 learnt, shared prefixes save a factor of 1.50. "
         "100 steps of 16 rows, 3 epochs, learning rate 0.0012, seed 7."
     )
+    pairs = plan_words({**PREPARED, "settings": {**PREPARED["settings"], "beta": 0.1}})
+    assert pairs.startswith("486 pairs to train on") and "100 steps of 16 pairs" in pairs
 
 
 def test_the_summary_tells_before_and_after() -> None:

@@ -98,7 +98,7 @@ def _ask(run: RunFolder, request: dict[str, Any], per_hour: float | None, as_jso
         print_json({"forecast": whole, "warnings": view.warnings, "status": outcome.status, **said})
         return outcome.exit_code
     if found is not None:
-        _print(found, per_hour)
+        _print(found, per_hour, "pair" if request.get("objective") == "dpo" else "row")
     for words in view.warnings:
         console().print(f"Warning: {words}", markup=False, highlight=False, soft_wrap=True)
     if outcome.status == "failed":
@@ -107,8 +107,8 @@ def _ask(run: RunFolder, request: dict[str, Any], per_hour: float | None, as_jso
     return outcome.exit_code
 
 
-def _print(found: Forecast, per_hour: float | None) -> None:
-    rows = plural(found.rows, "row")
+def _print(found: Forecast, per_hour: float | None, noun: str) -> None:
+    rows = plural(found.rows, noun)
     if found.dropped or found.truncated:
         rows += f"; {found.dropped:,} dropped and {found.truncated:,} cut, {found.lost_tokens:,} tokens lost"
     tokens = f"{found.tokens:,} in a pass, {found.supervised_tokens:,} of them learnt"
@@ -118,7 +118,7 @@ def _print(found: Forecast, per_hour: float | None) -> None:
     memory = size(found.peak_memory_bytes)
     memory += f" of {size(found.memory_bytes)}" if found.memory_bytes else ""
     lines = [
-        ("rows", rows),
+        (f"{noun}s", rows),
         ("tokens", tokens),
         ("steps", f"{found.steps:,} in {plural(found.epochs, 'epoch')}, {found.micro_batches:,} micro-batches"),
         ("time", f"{duration(found.seconds)} ({parts})"),

@@ -119,14 +119,15 @@ def plan_words(prepared: dict[str, Any]) -> str:
     """The `prepared` event in a sentence."""
     settings = prepared.get("settings") or {}
     held = prepared.get("validation_rows") or 0
-    words = f"{plural(int(prepared['train_rows']), 'row')} to train on"
+    noun = "pair" if settings.get("beta") is not None else "row"  # of answers
+    words = f"{plural(int(prepared['train_rows']), noun)} to train on"
     words += f" and {held:,} held out" if held else ""
     words += f"; {int(prepared['tokens']):,} tokens, {int(prepared['supervised_tokens']):,} learnt"
     ratio = prepared.get("tree_ratio")
     words += f", shared prefixes save a factor of {ratio:.2f}" if ratio and ratio >= WORTH_SAYING else ""
     words += f". {plural(int(prepared['steps']), 'step')}"
     if settings:
-        words += f" of {plural(int(settings['batch_size']), 'row')}, {plural(int(settings['epochs']), 'epoch')}"
+        words += f" of {plural(int(settings['batch_size']), noun)}, {plural(int(settings['epochs']), 'epoch')}"
         words += f", learning rate {settings['learning_rate']:.2g}, seed {settings['seed']}"
     return words + "."
 

@@ -195,8 +195,15 @@ def make_ready(
         replayed,
         base_seconds,
         save_seconds,
-        forebear.hash if forebear else request.method if request.method in ("dora", "pissa") else "",
+        forebear.hash if forebear else _rounding(request, settings),
     )
+
+
+def _rounding(request: TrainRequest, settings: Settings) -> str:
+    """What an adapter that has learnt nothing makes different from the base: nothing, or the last bits."""
+    if request.method == "pissa":
+        return f"pissa {request.rank} {settings.alpha} {sorted(request.target_modules)} {settings.seed}"
+    return request.method if request.method == "dora" else ""
 
 
 def silent(*_: Any, **__: Any) -> None:

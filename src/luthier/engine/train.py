@@ -218,7 +218,7 @@ class Loop:
         rows = self.ready.validation
         if rows is None:
             return None
-        self.emit("phase", name="validate", message=f"Validating on {rows.examples} rows")
+        self.emit("phase", name="validate", message=f"Validating on {rows.examples} {self._noun}")
         score, beside = self.objective.measure(self._progress("validate"))
         self.progress.update(last=score.model_dump(), last_step=self.step)
         best = self.progress["best_loss"]
@@ -234,6 +234,10 @@ class Loop:
             **beside,
         )
         return {"loss": score.loss, "token_accuracy": score.token_accuracy, **beside}
+
+    @property
+    def _noun(self) -> str:
+        return "pairs" if self.request.prefers else "rows"
 
     def _progress(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self.emit("progress", name=name, done=done, total=total)
@@ -261,7 +265,7 @@ class Loop:
         if prepared.dropped or prepared.truncated:
             self.emit(
                 "warning",
-                message=f"{prepared.dropped} rows were dropped and {prepared.truncated} cut at "
+                message=f"{prepared.dropped} {self._noun} were dropped and {prepared.truncated} cut at "
                 f"{self.settings.max_length} tokens; {prepared.lost_supervised} tokens to learn were lost.",
                 hint="Raise --max-length to keep them.",
             )
