@@ -211,15 +211,16 @@ def kept(outputs: torch.Tensor, without: Any) -> int:
 
 
 @pytest.mark.parametrize("shared", [0, 24])
+@pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_what_a_layer_keeps_of_a_token(family: str, shared: int) -> None:
+def test_what_a_layer_keeps_of_a_token(family: str, method: str, shared: int) -> None:
     """Its inputs, one product each, attention's output and log-sum-exp, the LoRA branches' few columns, and nothing
     twice: not queries and keys as they were before they were turned, nor those of a trunk behind each forest."""
     rows = rows_of([8, 5, 9], prefix=24, seed=4)
     held = []
     for count in (2, 3):
         more = {"layer_types": ["full_attention"] * count} if family == "gemma3_text" else {}
-        model = adapted(make(family, num_hidden_layers=count, num_key_value_heads=2, **more))
+        model = adapted(make(family, num_hidden_layers=count, num_key_value_heads=2, **more), method)
         assert layers.fuse(step.inner(model)) is None
         trunk = attention.Trunk(shared) if shared else None
         tree = forest.build([(ids[shared:], weights[shared:]) for ids, weights in rows], begin=shared)
@@ -227,7 +228,7 @@ def test_what_a_layer_keeps_of_a_token(family: str, shared: int) -> None:
             above = forest.trunk(rows, [0, 1, 2], shared)
             beginning = step.hidden_states(model, above, becomes=trunk)  # noqa: F841, as long as it lives
         held.append(kept(step.hidden_states(model, tree, trunk=trunk), model))
-    hidden, inner, heads, keys, size, ranks = 32, 48, 4, 2, 8, 7 * 3
+    hidden, inner, heads, keys, size, ranks = 32, 48, 4, 2, 8, 7 * 3 * (method == "lora")
     numbers = 2 * hidden + (heads + 2 * keys) * size + heads * size + heads + 2 * inner + ranks + 2
     if family == "gemma3_text":  # with norms of heads, and norms that close
         numbers += (heads + keys) * size + (heads + keys) + 2 * hidden + 2

@@ -190,7 +190,7 @@ def _train_on(ready: Ready, work: Work) -> None:
     """A piece of a step as the loop takes it, its gradients thrown away."""
     ready.model.train()
     stream.forward_backward(ready.model, work, 1.0, ready.request.label_smoothing, collect=ready.masters.collect)
-    ready.masters.optimizer.zero_grad(set_to_none=True)
+    ready.masters.clear()
 
 
 def _steps_works(ready: Ready, number: int) -> list[Work]:

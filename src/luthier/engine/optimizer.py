@@ -19,10 +19,14 @@ EPSILON = 1e-8
 
 
 class Masters:
-    """Float32 masters of the trainable parameters, by name, with their AdamW state (Loshchilov & Hutter, 2019)."""
+    """Float32 masters of the trainable parameters, by name, with their AdamW state (Loshchilov & Hutter, 2019).
 
-    def __init__(self, parameters: Mapping[str, Parameter], weight_decay: float) -> None:
-        self.parameters = dict(parameters)
+    `steady` gradients keep their place from step to step. That is for few and small ones: made anew in each backward
+    pass, they would lie between all that it has for a moment, and that would find no room any more where it just was.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], weight_decay: float, steady: bool = False) -> None:
+        self.parameters, self.steady = dict(parameters), steady
         self.values: dict[str, Tensor] = {
             name: parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
             for name, parameter in self.parameters.items()
@@ -30,6 +34,13 @@ class Masters:
         self.optimizer = torch.optim.AdamW(
             self.values.values(), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, foreach=True
         )
+        if steady:
+            for value in self.values.values():
+                value.grad = torch.zeros_like(value)
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=not self.steady)
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -74,7 +85,7 @@ class Masters:
                 group["lr"] = learning_rate
             self.optimizer.step()
             self.publish()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear()
         return norm
 
     @torch.no_grad()

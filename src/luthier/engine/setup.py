@@ -85,6 +85,7 @@ class Ready:
 Emit = Callable[..., None]
 
 
+@machine.loading()
 def make_ready(
     run: RunFolder,
     request: TrainRequest,
@@ -158,7 +159,7 @@ def make_ready(
     trainable = models.trainable(model)
     if not trainable:
         raise BadSetting("Nothing would be trained: no weight of this model is chosen.", param="method")
-    masters = Masters(trainable, request.weight_decay)
+    masters = Masters(trainable, request.weight_decay, steady=request.uses_adapter)
     if state:
         parent.start_from(masters.values, model, state)
         masters.publish()
