@@ -104,9 +104,11 @@ def asked(client: TestClient, router: FakeRouter, path: str, body: dict[str, Any
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:
-    """method.dpo: x -> {"method": {"type": "dpo", "dpo": x}}"""
+    """method.dpo: x -> {"method": {"type": "dpo", "dpo": x}}; any other a.b: x -> {"a": {"b": x}}"""
     outer, _, inner = name.partition(".")
-    return {outer: {"type": inner, inner: value}} if inner else {outer: value}
+    if not inner:
+        return {outer: value}
+    return {outer: {"type": inner, inner: value} if outer == "method" else {inner: value}}
 
 
 @pytest.mark.parametrize("route", KNOWN)
@@ -118,7 +120,7 @@ def test_the_tables_know_every_field_that_clients_send(route: str) -> None:
 def test_a_supported_field_is_heard(client: TestClient, services: Services, route: str, name: str) -> None:
     """A value that it cannot take is refused, by its name."""
     path, body = base(route, services)
-    answer = client.post(path, json=body | {name: WRONG})
+    answer = client.post(path, json=body | nested(name, WRONG))
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"].startswith(name), answer.text
 

@@ -153,7 +153,6 @@ def test_null_is_the_same_as_absent(client: TestClient, services: Services) -> N
         ({"hyperparameters": {"learning_rate_multiplier": 0}}, "hyperparameters.learning_rate_multiplier"),
         ({"hyperparameters": {"learning_rate_multiplier": 1e300}}, "hyperparameters.learning_rate_multiplier"),
         ({"hyperparameters": {"beta": 0.1}}, "hyperparameters.beta"),
-        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 2.1}}}}, "method"),
         ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, "method"),
         ({"method": {"type": "sft"}}, "method.type"),
         ({"method": {}}, "method.type"),

@@ -243,6 +243,50 @@ def test_a_wrong_option(option: str, value: str, services: Services, capsys: pyt
     assert f"{option}: found '{value}'" in capsys.readouterr().err
 
 
+def test_create_with_method_dpo(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    known = driving.training_file(services)
+    create = ("jobs", "create", "--model", "tiny", "-t", known, "--method", "dpo")
+    assert called(*create, "--beta", "0.25", "--epochs", "2") == 0
+    job = services.jobs.get(capsys.readouterr().out.strip())
+    auto = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto", "beta": "auto"}
+    assert (job.method, job.request["hyperparameters"]) == ("dpo", auto | {"n_epochs": 2, "beta": 0.25})
+    assert called("jobs", "get", job.id) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "  method: dpo" in told and "  beta: 0.25" in told and "  n_epochs: 2" in told
+    assert called(*create, "--beta", "auto") == 0
+    job = services.jobs.get(capsys.readouterr().out.strip())
+    assert job.request["hyperparameters"] == auto
+    assert called(*create, "--beta", "3") == 2
+    assert "wanted a number above 0 and at most 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--beta", "0.1"), "--beta is for --method dpo, not supervised."),
+        (("--method", "dpo", "--replay", "0.1"), "--replay is for --method supervised, not dpo."),
+        (("--method", "dpo", "--beta", "x"), "--beta: found 'x', wanted a number or auto."),
+    ],
+)
+def test_options_of_another_method(
+    words: tuple[str, ...], said: str, services: Services, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("jobs", "create", "--model", "tiny", "-t", "file-a", *words) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_checkpoints_of_pairs(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    job = made_job(services)
+    lease = driving.start(services)
+    name = "ft:tiny:luthier::12345678:ckpt-step-2"
+    driving.register(services, name)
+    measured = {"train_loss": 0.5, "train_reward_accuracy": 0.75, "full_valid_reward_accuracy": 0.5}
+    services.leases.add_checkpoint(lease, step=2, model=name, metrics=measured)
+    assert called("jobs", "checkpoints", job) == 0
+    line = capsys.readouterr().out.rstrip()
+    assert line.endswith(f"validation loss -  reward accuracy 75.0%  validation reward accuracy 50.0%  {name}")
+
+
 def test_the_server_refuses(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
     known = driving.training_file(services)
     assert called("jobs", "create", "--model", "nope", "-t", known, "--json") == 2

@@ -126,3 +126,21 @@ def test_steps_without_a_known_end() -> None:
     out = Console(file=io.StringIO(), width=60)
     out.print(Screen(watched, out))
     assert watched.left is None
+
+
+def test_steps_of_pairs_show_their_reward_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    first = metrics(1, 1, train_reward_accuracy=0.0)
+    held_out = {"full_valid_loss": 0.5, "full_valid_reward_accuracy": 0.625}
+    second = metrics(2, 2, train_reward_accuracy=0.75, **held_out)
+    done = {**JOB, "status": "succeeded", "fine_tuned_model": "ft:tiny"}
+    assert followed((JOB, []), (JOB, [first]), (done, [first, second])) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert shown == [
+        "step 1/10: loss 1.0000, reward accuracy 0.0%",
+        "step 2/10: loss 0.5000, validation loss 0.5000, reward accuracy 75.0%, validation reward accuracy 62.5%",
+    ]
+    watched = Watched(JOB)
+    watched.see(second)
+    out = Console(file=io.StringIO(), width=120, height=30)
+    out.print(Screen(watched, out))
+    assert "loss 0.5000  reward accuracy 75.0%  validation reward accuracy 62.5%" in out.file.getvalue()  # type: ignore[attr-defined]

@@ -32,5 +32,20 @@ def completions(count: int = 16) -> list[dict[str, str]]:
     return [{"prompt": f"{words} {n}\n\n###\n\n", "completion": kind} for n, (words, kind) in enumerate(rows)]
 
 
+def preferences(count: int = 12, *, first: int = 0, spelling: str = "output") -> list[dict[str, object]]:
+    """Pairs of answers, in the spelling of the guides (output) or of the older specifications (completion)."""
+    rows: list[dict[str, object]] = []
+    for number in range(first, first + count):
+        colour = COLOURS[number % len(COLOURS)]
+        rows.append(
+            {
+                "input": {"messages": [{"role": "user", "content": f"colour {number}?"}]},
+                f"preferred_{spelling}": [{"role": "assistant", "content": f"It is {colour}."}],
+                f"non_preferred_{spelling}": [{"role": "assistant", "content": "the lazy dog"}],
+            }
+        )
+    return rows
+
+
 def jsonl(rows: list[dict[str, object]] | list[dict[str, str]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -25,6 +25,18 @@ def pairs(count: int) -> list[dict[str, str]]:
     return [{"prompt": f"number {n} ->", "completion": f" {'even' if n % 2 == 0 else 'odd'}"} for n in range(count)]
 
 
+def preferences(count: int, spelling: str = "output") -> list[dict[str, Any]]:
+    """Pairs of answers; `spelling`: output, or completion as the older specifications have it."""
+    return [
+        {
+            "input": {"messages": [{"role": "user", "content": f"colour {n}?"}]},
+            f"preferred_{spelling}": [{"role": "assistant", "content": "It is red."}],
+            f"non_preferred_{spelling}": [{"role": "assistant", "content": "blue blue blue"}],
+        }
+        for n in range(count)
+    ]
+
+
 def quick(run: RunFolder) -> list[str]:
     return [sys.executable, str(Path(__file__).with_name("quick_engine.py")), str(run.path)]
 

@@ -32,6 +32,7 @@ HYPERPARAMETERS = (
     "n_epochs",
     "batch_size",
     "learning_rate_multiplier",
+    "beta",
     "prompt_loss_weight",
     "compute_classification_metrics",
     "classification_positive_class",

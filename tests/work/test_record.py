@@ -25,7 +25,7 @@ SETTINGS = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3}
 
 
 def running(bench: Bench, **request: Any) -> tuple[Job, Lease, RunFolder]:
-    records = pairs(12) if request.get("kind") == "legacy" else None
+    records = request.pop("records", pairs(12) if request.get("kind") == "legacy" else None)
     job = bench.submit(records, **request)
     taken = bench.leases.claim("w", 60, "validate")
     assert taken is not None
@@ -45,7 +45,8 @@ def prepare(run: RunFolder) -> None:
 
 def step(run: RunFolder, number: int, **more: Any) -> None:
     values = {"loss": 1 / number, "epoch": number / 3, "tokens": 10, "examples": 4 * number, "eta_seconds": 30.0}
-    run.emit("step", step=number, steps=6, token_accuracy=0.5, sequence_accuracy=0.25, **{**values, **more})
+    values |= {"token_accuracy": 0.5, "sequence_accuracy": 0.25}
+    run.emit("step", step=number, steps=6, **{**values, **more})
 
 
 def checkpoint(run: RunFolder, number: int) -> Path:

@@ -14,14 +14,10 @@ import pytest
 from luthier.work import validate
 from luthier.work.validate import Refusal, check_files, unread
 from tests.engine.runs import chats
-from tests.work.ask import jsonl, pairs
+from tests.work.ask import jsonl, pairs, preferences
 from tests.work.conftest import Bench
 
-PREFERENCE = {
-    "input": {"messages": [{"role": "user", "content": "a"}]},
-    "preferred_output": [{"role": "assistant", "content": "b"}],
-    "non_preferred_output": [{"role": "assistant", "content": "c"}],
-}
+ASKED, ANSWER = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
 
 
 def refuse(
@@ -43,22 +39,27 @@ def changed(count: int, row: int, change: Callable[[dict[str, Any]], object]) ->
 
 
 @pytest.mark.parametrize(
-    ("training", "validation", "kind"),
+    ("training", "validation", "kind", "method"),
     [
-        (chats(10), None, "modern"),
-        (pairs(10), chats(1), "modern"),
-        (pairs(1), pairs(1), "legacy"),
-        (changed(10, 3, lambda row: row.update(note="kept apart")), None, "modern"),
-        (b"\xef\xbb\xbf" + jsonl(chats(10)), None, "modern"),
+        (chats(10), None, "modern", "supervised"),
+        (pairs(10), chats(1), "modern", "supervised"),
+        (pairs(1), pairs(1), "legacy", "supervised"),
+        (changed(10, 3, lambda row: row.update(note="kept apart")), None, "modern", "supervised"),
+        (b"\xef\xbb\xbf" + jsonl(chats(10)), None, "modern", "supervised"),
+        (preferences(10), preferences(1, "completion"), "modern", "dpo"),
+        (preferences(10, "completion"), None, "modern", "dpo"),
+        (jsonl(preferences(10)).rstrip(b"\n"), preferences(1), "modern", "dpo"),
+        ([{"prompt": f"a {n}", "chosen": "b", "rejected": "c"} for n in range(10)], None, "modern", "dpo"),
     ],
 )
-def test_good_files_pass(tmp_path: Path, training: Any, validation: Any, kind: str) -> None:
-    assert refuse(tmp_path, training, validation, kind) is None
+def test_good_files_pass(tmp_path: Path, training: Any, validation: Any, kind: str, method: str) -> None:
+    assert refuse(tmp_path, training, validation, kind, method) is None
 
 
-def test_too_few_examples(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("records", "method"), [(chats(9), "supervised"), (preferences(9), "dpo")])
+def test_too_few_examples(tmp_path: Path, records: Any, method: str) -> None:
     message = "Training file has 9 example(s), but must have at least 10 examples"
-    assert refuse(tmp_path, chats(9)) == Refusal("invalid_n_examples", message, "training_file")
+    assert refuse(tmp_path, records, method=method) == Refusal("invalid_n_examples", message, "training_file")
 
 
 @pytest.mark.parametrize(
@@ -88,12 +89,34 @@ def test_only_the_first_problems_are_named(tmp_path: Path) -> None:
     ("records", "kind", "method", "words"),
     [
         (
-            [PREFERENCE] * 10,
+            preferences(10),
             "modern",
             "supervised",
-            "is in the fine-tune-preference format, but the method is supervised",
+            "is in the fine-tune-preference format, but the method is supervised, which needs the fine-tune-chat or",
         ),
-        (chats(10), "modern", "dpo", "is in the fine-tune-chat format, but the method is dpo"),
+        (preferences(10), "legacy", "supervised", "is in the fine-tune-preference format, but fine-tunes need"),
+        (
+            chats(10),
+            "modern",
+            "dpo",
+            "is in the fine-tune-chat format, but the method is dpo, which needs the fine-tune-preference format.",
+        ),
+        (pairs(10), "modern", "dpo", "is in the fine-tune-completion format, but the method is dpo"),
+        ([{"text": "a"}] * 10, "modern", "dpo", "expected input with preferred_output and non_preferred_output."),
+        (preferences(10) + chats(1), "modern", "dpo", "Example 11: found a chat record, wanted a preference record"),
+        (
+            [*preferences(10), {**preferences(1)[0], "preferred_output": ANSWER + ASKED}],
+            "modern",
+            "dpo",
+            "Example 11, preferred_output[1].role: found",
+        ),
+        (
+            [{name: value for name, value in preferences(1)[0].items() if name != "non_preferred_output"}],
+            "modern",
+            "dpo",
+            "Example 1, non_preferred_output: found no such key",
+        ),
+        ([{"messages": [], "label": True}], "modern", "dpo", "Example 1, label: found true, wanted two answers"),
         (chats(10), "legacy", "supervised", "is in the fine-tune-chat format, but fine-tunes need"),
         ([{"text": "a"}] * 10, "modern", "supervised", "expected either prompt/completion pairs or chat messages."),
         ([{"text": "a"}] * 10, "legacy", "supervised", "expected prompt/completion pairs."),
@@ -120,6 +143,12 @@ def test_the_validation_file_has_errors_of_its_own(tmp_path: Path) -> None:
     assert refusal.message.startswith(
         "The job failed due to an invalid validation file. Invalid file format. Example 1"
     )
+
+
+def test_a_validation_file_of_chats_is_no_match_for_dpo(tmp_path: Path) -> None:
+    refusal = refuse(tmp_path, preferences(10), chats(2), method="dpo")
+    assert (refusal.code, refusal.param) == ("invalid_validation_file", "validation_file")
+    assert "is in the fine-tune-chat format, but the method is dpo" in refusal.message
 
 
 def test_a_file_that_is_gone(tmp_path: Path) -> None:

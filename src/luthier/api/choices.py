@@ -24,7 +24,9 @@ about fine-tuned text models.
 
 CHOICES = """\
 **Rows of training files.** OpenAI's specification no longer says what a line may hold. The guides and older revisions
-do, and they are followed: messages, tools, functions, weights 0 and 1; prompt and completion.
+do, and they are followed: messages, tools, functions, weights 0 and 1; prompt and completion; input with
+`preferred_output` and `non_preferred_output`, or with the older names that end in `_completion`. `chosen` and
+`rejected` beside a prompt are read too.
 
 **`paused`.** Reported as a status although the published list lacks it: the pause route exists, and the clients pass
 the word through.
@@ -41,7 +43,16 @@ plain. `LUTHIER_RESULTS=raw` or `base64` decides for all results of jobs.
 specification says. Read `status`, or `error.code`.
 
 **`hyperparameters`.** `auto` until a worker has set the job up, then numbers; the same under `method`. A fine-tune
-shows the numbers that its client sent.
+shows the numbers that its client sent. Beside `method` the older place is heard too, for `dpo` as for `supervised`, and
+`beta` stands under `method.dpo` alone. A job of method `dpo` shows null at the top, as the specification's examples do:
+its numbers are under `method`.
+
+**Measures of `dpo`.** No client knows them by a name, so they have the engine's: `reward_accuracy` (the share of pairs
+whose preferred answer has gained on the other one), `reward_margin` (by how much, times `beta`, in the mean) and
+`preference_accuracy` (the share whose preferred answer the model itself finds likelier), each behind `train_`, `valid_`
+or `full_valid_`. They are in the metrics of events, checkpoints and trackers, and the last nine columns of
+`step_metrics.csv`. Accuracies of tokens are not measured, so those keys are absent and those cells empty;
+`train_accuracy` is the reward accuracy there.
 
 **Defaults of fine-tunes.** The old texts describe them loosely and logs contradict each other. Here: 4 epochs; a
 batch of 0.2 % of the rows, as the nearest power of two from 1 to 256; a multiplier of 0.1, 0.2 above a batch of 16,

@@ -27,6 +27,7 @@ from luthier.api.asking import (
 )
 from luthier.api.errors import ApiError
 from luthier.api.jobs_wire import (
+    NUMBERS,
     Hyperparameters,
     JobRequest,
     Method,
@@ -41,8 +42,9 @@ router = APIRouter(tags=["fine-tuning"])
 @router.post("/fine_tuning/jobs", response_model=None, summary="Create a fine-tuning job")
 def create(asked: JobRequest, request: Request, at: At, key: Caller) -> dict[str, Any]:
     """A new job. A repeat of the same request by a client that tries again is answered with the job it made."""
-    numbers = _numbers(asked.method, asked.hyperparameters)
-    _thresholds(asked)
+    method = _method(asked.method)
+    numbers = _numbers(method, asked.method, asked.hyperparameters)
+    _extensions(method, asked)
     start = start_from(at, asked.model)
     check_file(at, asked.training_file, "training_file")
     if asked.validation_file is not None:
@@ -57,7 +59,7 @@ def create(asked: JobRequest, request: Request, at: At, key: Caller) -> dict[str
             "suffix": asked.suffix,
             "seed": asked.seed,
             "metadata": asked.metadata,
-            "method": {"type": "supervised"},
+            "method": {"type": method},
             "hyperparameters": numbers,
             "metric": asked.metric,
             "proof_rows": asked.proof_rows,
@@ -160,8 +162,14 @@ def checkpoints(
     return listed([checkpoint_object(checkpoint) for checkpoint in page.data], page.has_more)
 
 
-def _thresholds(asked: JobRequest) -> None:
+def _extensions(method: str, asked: JobRequest) -> None:
     """Raises ApiError 400 for a threshold that nothing could meet, or a choice that nothing could make."""
+    if method == "dpo" and asked.metric not in (None, "auto"):
+        message = "With method dpo the metric is which of two answers the model prefers; leave metric out."
+        raise ApiError(400, message, param="metric")
+    if method == "dpo" and asked.keep_general:
+        message = "keep_general chooses a scale by answers, and method dpo has pairs of them; leave it out."
+        raise ApiError(400, message, param="keep_general")
     if asked.must_improve is not None and (asked.validation_file is None or asked.proof_rows == 0):
         message = "must_improve is measured on a validation_file, and not with proof_rows 0."
         raise ApiError(400, message, param="must_improve")
@@ -172,21 +180,29 @@ def _thresholds(asked: JobRequest) -> None:
         raise ApiError(400, message, param="keep_general")
 
 
-def _numbers(method: Method | None, outer: Hyperparameters | None) -> dict[str, Any]:
-    """The hyperparameters, from whichever of the two places they stand in. Raises ApiError 400."""
-    if method is not None and method.type != "supervised":
+def _method(method: Method | None) -> str:
+    """Which method it is. Raises ApiError 400 for one that is not offered, and for the fields of another."""
+    chosen = "supervised" if method is None else method.type
+    if chosen not in NUMBERS:
         raise ApiError(
             400,
-            f"The method {method.type} is not offered by this version of the server, only supervised.",
+            f"The method {chosen} is not offered by this version of the server, only {' and '.join(NUMBERS)}.",
             param="method",
             code="unsupported_value",
         )
-    for other in ("dpo", "reinforcement"):
-        if method is not None and getattr(method, other) is not None:
-            raise ApiError(400, f"method.{other} is given, but method.type is supervised.", param=f"method.{other}")
-    inner = method.supervised.hyperparameters if method is not None and method.supervised is not None else None
+    for other in ("supervised", "dpo", "reinforcement"):
+        if other != chosen and getattr(method, other, None) is not None:
+            raise ApiError(400, f"method.{other} is given, but method.type is {chosen}.", param=f"method.{other}")
+    return chosen
+
+
+def _numbers(chosen: str, method: Method | None, outer: Hyperparameters | None) -> dict[str, Any]:
+    """The hyperparameters, from whichever of the two places they stand in. Raises ApiError 400."""
+    inner = getattr(getattr(method, chosen, None), "hyperparameters", None)
+    if outer is not None and outer.replay is not None and chosen != "supervised":
+        raise ApiError(400, f"replay is for the method supervised, not {chosen}.", param="hyperparameters.replay")
     numbers: dict[str, Any] = {}
-    for name in Hyperparameters.model_fields:
+    for name in NUMBERS[chosen].model_fields:
         given = [value for value in (getattr(outer, name, None), getattr(inner, name, None)) if value is not None]
         if len(given) == 2 and given[0] != given[1]:
             message = f"{name} is given twice: {given[0]} in hyperparameters, {given[1]} in method."
@@ -205,15 +221,18 @@ CREATE_FIELDS: dict[str, tuple[str, str]] = {
     "seed": ("supported", "Chosen and reported when absent."),
     "metadata": ("supported", "16 pairs, keys of 64 and values of 512 characters."),
     "integrations": ("supported", "`wandb`, at most 5; other types are refused."),
-    "method": ("supported", "`supervised`; unknown keys are refused."),
-    "method.dpo": ("refused", "Not offered by this version."),
+    "method": ("supported", "`supervised` or `dpo`; the fields of another method and unknown keys are refused."),
+    "method.dpo": ("supported", "The three common hyperparameters and `beta`, above 0 and at most 2; auto is 0.1."),
     "method.reinforcement": ("refused", "Not offered by this version."),
-    "metric": ("supported", "An extension: how the validation file's answers are scored when the job is over."),
+    "metric": ("supported", "An extension: how the validation file's answers are scored in the end. Not with `dpo`."),
     "proof_rows": ("supported", "An extension: how many of its rows base and result answer; `auto`, or 0 for none."),
     "forgetting": ("supported", "An extension: how many general items base and result are asked; `auto` or `off`."),
-    "keep_general": ("supported", "An extension: publish the model at the scale that best keeps general ability."),
+    "keep_general": (
+        "supported",
+        "An extension: publish at the scale that best keeps general ability. Not with `dpo`.",
+    ),
     "must_improve": ("supported", "An extension, of the gate: the improvement over the base that must be shown."),
     "max_forgetting": ("supported", "An extension, of the gate: the most general ability that may be lost, 0 to 1."),
-    "hyperparameters.replay": ("supported", "An extension, also in the method's: general rows to mix in, as a share."),
-    "hyperparameters": ("supported", "The older place of the method's; a name with two different values is refused."),
+    "hyperparameters.replay": ("supported", "An extension, of method supervised: general rows to mix in, as a share."),
+    "hyperparameters": ("supported", "The older place, for any method; a name with two different values is refused."),
 }

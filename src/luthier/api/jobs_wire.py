@@ -25,6 +25,7 @@ from luthier.store.jobs import TERMINAL, Job
 Auto = Literal["auto"]
 MOST_EPOCHS = 50
 LARGEST_BATCH = 256
+LARGEST_BETA = 2
 MOST_PROOF_ROWS = 10_000
 LARGEST_SEED = 2**31 - 1
 
@@ -55,13 +56,19 @@ def whole(low: int, high: int | None, auto: bool = True) -> Callable[[Any], Any]
     return check
 
 
-def above_zero(value: Any) -> Any:
-    """A check of a JSON number above 0, or "auto"."""
-    if value == "auto":
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30:
-        return float(value)
-    raise ValueError(f'found {_shown(value)}, wanted a number above 0 or "auto"')
+def above_zero(high: float | None = None) -> Callable[[Any], Any]:
+    """A check of a JSON number above 0 and, when that is given, not above `high`, or "auto"."""
+    wanted = "a number above 0" + (f" and at most {high}" if high else "") + ' or "auto"'
+
+    def check(value: Any) -> Any:
+        if value == "auto":
+            return value
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and 0 < value < 1e30 and (high is None or value <= high):
+            return float(value)
+        raise ValueError(f"found {_shown(value)}, wanted {wanted}")
+
+    return check
 
 
 def _shown(value: Any) -> str:
@@ -80,7 +87,12 @@ BatchSize = Annotated[
     int | Auto, PlainValidator(whole(1, LARGEST_BATCH)), _or_auto(type="integer", minimum=1, maximum=LARGEST_BATCH)
 ]
 Multiplier = Annotated[
-    float | Auto, PlainValidator(above_zero), _or_auto(type="number", exclusiveMinimum=0, exclusiveMaximum=1e30)
+    float | Auto, PlainValidator(above_zero()), _or_auto(type="number", exclusiveMinimum=0, exclusiveMaximum=1e30)
+]
+Beta = Annotated[
+    float | Auto,
+    PlainValidator(above_zero(LARGEST_BETA)),
+    _or_auto(type="number", exclusiveMinimum=0, maximum=LARGEST_BETA),
 ]
 Seed = Annotated[
     int,
@@ -134,23 +146,41 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Hyperparameters(Strict):
+class Common(Strict):
+    """What every method has."""
+
     n_epochs: Epochs | None = None
     batch_size: BatchSize | None = None
     learning_rate_multiplier: Multiplier | None = None
+
+
+class Hyperparameters(Common):
+    """Those of the supervised method, and of the older place beside `method`."""
+
     replay: Replay | None = None  # an extension: shown only where it was asked for
+
+
+class DpoHyperparameters(Common):
+    beta: Beta | None = None
+
+
+NUMBERS: dict[str, type[Common]] = {"supervised": Hyperparameters, "dpo": DpoHyperparameters}  # of each method
 
 
 class Supervised(Strict):
     hyperparameters: Hyperparameters | None = None
 
 
+class Dpo(Strict):
+    hyperparameters: DpoHyperparameters | None = None
+
+
 class Method(Strict):
-    """`dpo` and `reinforcement` are known words: the route refuses them with a sentence of its own."""
+    """`reinforcement` is a known word: the route refuses it with a sentence of its own."""
 
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised | None = None
-    dpo: Any = None
+    dpo: Dpo | None = None
     reinforcement: Any = None
 
 
@@ -193,8 +223,8 @@ def shown_status(job: Job) -> str:
 
 def job_object(job: Job, organization: str) -> dict[str, Any]:
     """A fine_tuning.job, with its `proof`, `forgetting` and `gate` as extensions. `error` is an object of nulls as long
-    as nothing failed, as OpenAI's service answers."""
-    numbers = hyperparameters(job)
+    as nothing failed, as OpenAI's service answers; `hyperparameters` at the top are those of supervised jobs alone."""
+    numbers, method = hyperparameters(job), job.method
     status = shown_status(job)
     return {
         "id": job.id,
@@ -210,8 +240,8 @@ def job_object(job: Job, organization: str) -> dict[str, Any]:
         "validation_file": job.validation_file,
         "result_files": job.result_files,
         "trained_tokens": job.trained_tokens if status == "succeeded" else None,
-        "hyperparameters": numbers,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": numbers}},
+        "hyperparameters": numbers if method == "supervised" else None,
+        "method": {"type": method, method: {"hyperparameters": numbers}},
         "seed": job.seed,
         "integrations": [_integration(one, job) for one in job.request.get("integrations") or []],
         "metadata": job.metadata,
@@ -228,7 +258,7 @@ def job_object(job: Job, organization: str) -> dict[str, Any]:
 def hyperparameters(job: Job) -> dict[str, Any]:
     """What they came to once the job was set up; before that what was asked, `auto` included."""
     known = {**job.request.get("hyperparameters", {}), **(job.hyperparameters or {})}
-    shown = [name for name in Hyperparameters.model_fields if name != "replay" or name in known]
+    shown = [name for name in NUMBERS[job.method].model_fields if name != "replay" or name in known]
     return {name: known.get(name, "auto") for name in shown}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -48,6 +48,13 @@ def create(
     multiplier: Annotated[
         str, typer.Option("--learning-rate-multiplier", metavar="X|auto", help="Times the server's own rate.")
     ] = "auto",
+    method: Annotated[
+        Literal["supervised", "dpo"], typer.Option("--method", help="dpo: learn from pairs of answers, one preferred.")
+    ] = "supervised",
+    beta: Annotated[
+        str | None,
+        typer.Option("--beta", metavar="X|auto", help="dpo: how close to stay to the start, to 2; auto is 0.1."),
+    ] = None,
     replay: Annotated[
         float | None, typer.Option("--replay", metavar="R", help="General rows mixed in, as a share of the data (0.1).")
     ] = None,
@@ -81,13 +88,12 @@ def create(
         "batch_size": _number(batch_size, int, "--batch-size"),
         "learning_rate_multiplier": _number(multiplier, float, "--learning-rate-multiplier"),
     }
-    if replay is not None:
-        hyperparameters["replay"] = replay
+    hyperparameters |= _of_the_method(method, beta, replay)
     body |= {"metric": metric, "must_improve": must_improve, "max_forgetting": max_forgetting}
     body["keep_general"] = keep_general or None
     body["proof_rows"] = _number(proof_rows, int, "--proof-rows")
     body["forgetting"] = forgetting if forgetting == "off" else _number(forgetting, int, "--forgetting")
-    body["method"] = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+    body["method"] = {"type": method, method: {"hyperparameters": hyperparameters}}
     body["metadata"] = _pairs(metadata) or None
     client = connect(server)
     client.get(f"/models/{segment(model)}")  # before files are sent for nothing
@@ -150,6 +156,8 @@ def events(job_id: Id, limit: Limit = None, server: Server = None, as_json: AsJs
 @app.command()
 def checkpoints(job_id: Id, limit: Limit = None, server: Server = None, as_json: AsJson = False) -> None:
     """Show a job's checkpoints, the newest first. Each is a model that can be used."""
+    from luthier.cli.watching import reward_words
+
     for checkpoint in connect(server).pages(_path(job_id, "checkpoints"), limit):
         if as_json:
             print_json(checkpoint)
@@ -157,8 +165,9 @@ def checkpoints(job_id: Id, limit: Limit = None, server: Server = None, as_json:
         metrics = checkpoint.get("metrics") or {}
         loss = metrics.get("full_valid_loss", metrics.get("valid_loss"))
         words = f"step {checkpoint['step_number']:>6}  training loss {_decimal(metrics.get('train_loss'))}"
-        words += f"  validation loss {_decimal(loss)}  {checkpoint['fine_tuned_model_checkpoint']}"
-        print(visible(words))
+        words += f"  validation loss {_decimal(loss)}"
+        words += reward_words(metrics, "  ")
+        print(visible(f"{words}  {checkpoint['fine_tuned_model_checkpoint']}"))
 
 
 @app.command()
@@ -209,6 +218,15 @@ def _number(word: str, kind: type[int] | type[float], option: str) -> int | floa
         raise BadSetting(f"{option}: found {word!r}, wanted {wanted} or auto.", param=option[2:]) from error
 
 
+def _of_the_method(method: str, beta: str | None, replay: float | None) -> dict[str, Any]:
+    """The hyperparameters that only one method has. Raises BadSetting."""
+    for option, value, owner in (("--beta", beta, "dpo"), ("--replay", replay, "supervised")):
+        if value is not None and method != owner:
+            raise BadSetting(f"{option} is for --method {owner}, not {method}.", param=option[2:])
+    values = {"beta": None if beta is None else _number(beta, float, "--beta"), "replay": replay}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _pairs(words: list[str] | None) -> dict[str, str]:
     pairs = {}
     for word in words or ():
@@ -225,8 +243,11 @@ def _show(job: dict[str, Any], as_json: bool) -> None:
         return
     print(_line(job))
     error = job.get("error") or {}
+    method = job.get("method") or {}
+    numbers = (method.get(method.get("type")) or {}).get("hyperparameters") or {}
     facts = {
         "base": job.get("model"),
+        "method": method.get("type"),
         "training file": job.get("training_file"),
         "validation file": job.get("validation_file"),
         "result files": ", ".join(job.get("result_files") or ()),
@@ -236,7 +257,7 @@ def _show(job: dict[str, Any], as_json: bool) -> None:
         "forgetting": _forgotten(job.get("forgetting")),
         "gate": _gate(job.get("gate")),
         "error": error.get("message"),
-        **{name: value for name, value in (job.get("hyperparameters") or {}).items() if not isinstance(value, dict)},
+        **{name: value for name, value in numbers.items() if not isinstance(value, dict)},
     }
     for name, value in facts.items():
         if value not in (None, ""):

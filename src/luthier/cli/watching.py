@@ -31,6 +31,16 @@ ENDS = {"succeeded": 0, "cancelled": NotNow.exit_code, "paused": NotNow.exit_cod
 SHOWN_EVENTS = 6
 
 
+def reward_words(metrics: dict[str, Any], before: str) -> str:
+    """What a step of method dpo shows beside its loss, each part with `before` in front; "" of other methods.
+
+    The reward accuracy is the share of the pairs whose preferred answer has gained on the other one.
+    """
+    names = {"train": "reward accuracy", "full_valid": "validation reward accuracy"}
+    found = {name: metrics.get(f"{part}_reward_accuracy") for part, name in names.items()}
+    return "".join(f"{before}{name} {value:.1%}" for name, value in found.items() if value is not None)
+
+
 class Watched:
     """What is known of a job from its events so far."""
 
@@ -106,6 +116,7 @@ class Lines:
         self._twentieth = twentieth
         words = f"step {step}{f'/{steps}' if steps else ''}: loss {number(data.get('train_loss'), '.4f')}"
         words += f", validation loss {number(loss, '.4f')}" if loss is not None else ""
+        words += reward_words(data, ", ")
         left = self.watched.left
         print(words + (f", {duration(left)} left" if left is not None else ""), flush=True)
 
@@ -162,6 +173,7 @@ class Screen:
         step, steps = watched.step["step"], watched.steps
         loss = number(watched.step.get("train_loss"), ".4f")
         words = f"step {step:,}" + (f" of {steps:,}" if steps else "") + f"  loss {loss}"
+        words += reward_words(watched.step, "  ")
         after = f"{duration(watched.left)} left" if watched.left is not None else ""
         if steps is None:
             return Text(words)

@@ -85,6 +85,11 @@ class Job:
     worker: str | None
     losses: int
 
+    @property
+    def method(self) -> str:
+        """`supervised` or `dpo`."""
+        return str((self.request.get("method") or {}).get("type") or "supervised")
+
 
 def make_job(database: Database, row: Row[Any]) -> Job:
     values = {name: getattr(row, name) for name in Job.__slots__}

@@ -81,7 +81,12 @@ class Look:
 
 
 def told(findings: Sequence[Mapping[str, Any]], names: Mapping[str, str], job: Job) -> list[EventDraft]:
-    """The worst findings as events of their own, the rest and mere notes together in one."""
+    """The worst findings as events of their own, the rest and mere notes together in one.
+
+    That a file holds pairs of answers is no news to a job that asked for them.
+    """
+    if job.method == "dpo":
+        findings = [found for found in findings if found["kind"] != "pairs"]
     important = [found for found in findings if found["severity"] != "note"]
     drafts = [
         EventDraft(_sentence(found, _which(found, names)), PLACE, part, "warn", data=_data(found, names, job))

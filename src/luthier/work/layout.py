@@ -30,6 +30,7 @@ NAMES = {  # a job's hyperparameter -> the engine's option
     "learning_rate_multiplier": "learning_rate_multiplier",
     "prompt_loss_weight": "prompt_loss_weight",
     "replay": "replay",
+    "beta": "beta",
 }
 LEGACY_MULTIPLIER = 0.1  # the older API's usual value: it means this server's own rate
 CLASSIFICATION = ("classification_n_classes", "classification_positive_class", "classification_betas")
@@ -46,6 +47,8 @@ PARAMS = {  # the engine's word for what was wrong -> the job's
     "learning_rate_multiplier": "learning_rate_multiplier",
     "prompt_loss_weight": "prompt_loss_weight",
     "replay": "replay",
+    "beta": "beta",
+    "objective": "method",
     **{name: name for name in (*CLASSIFICATION, *PROOF)},
 }
 
@@ -136,6 +139,8 @@ def _request(database: Database, bases: Bases, job: Job, run: RunFolder) -> dict
         "publish_checkpoints": KEPT_CHECKPOINTS,
         "proof_memory": "run",  # what the client deletes shall be gone
     }
+    if job.method != "supervised":
+        values["objective"] = job.method
     if job.validation_file is not None:
         values["validation"] = str(data_file(run, "validation"))
     values |= {name: asked[name] for name in PROOF if asked.get(name) is not None}
@@ -156,6 +161,7 @@ def resolved(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
     multiplier = given.get("learning_rate_multiplier", "auto")
     return {
         **given,
+        **({"beta": settings["beta"]} if job.method == "dpo" else {}),
         "n_epochs": settings["epochs"],
         "batch_size": settings["batch_size"],
         "learning_rate_multiplier": 1.0 if multiplier == "auto" else float(multiplier),

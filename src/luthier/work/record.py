@@ -135,9 +135,7 @@ class Recorder:
                 text = f"Completed epoch {epoch}/{self._settings['epochs']}"
                 self._say(offset, event, text, part=epoch)
         elif validation is not None or worth_an_event(step, steps):
-            text = f"Step {step}/{steps}: training loss={event['loss']:.2f}"
-            if validation is not None and validation.get("loss") is not None:
-                text += f", validation loss={validation['loss']:.2f}"
+            text = _step_words(step, steps, self._last)
             self._say(offset, event, text, type="metrics", data={**self._last, "total_steps": steps})
 
     def _say(self, offset: int, event: dict[str, Any], message: str, **given: Any) -> None:
@@ -218,6 +216,19 @@ class Recorder:
                 name, base=base, folder=folder, content_hash=content_hash, owner=owner, job_id=self.job.id, step=step
             )
         raise UserError(f"{MOST_NAMES} models of this name are there already.", param="suffix")
+
+
+SAID = (  # of a step: metric -> its name in the sentence
+    ("train_loss", "training loss"),
+    ("valid_loss", "validation loss"),
+    ("train_reward_accuracy", "training reward accuracy"),
+    ("valid_reward_accuracy", "validation reward accuracy"),
+)
+
+
+def _step_words(step: int, steps: int, metrics: dict[str, float]) -> str:
+    said = ", ".join(f"{name}={metrics[key]:.2f}" for key, name in SAID if key in metrics)
+    return f"Step {step}/{steps}" + (f": {said}" if said else "")
 
 
 def _found(models: Models, name: str) -> Model | None:

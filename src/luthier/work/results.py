@@ -24,6 +24,8 @@ MODERN = (
     "step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy",
     "train_mean_token_accuracy", "full_valid_loss", "full_valid_mean_token_accuracy",
 )  # fmt: skip
+PREFERENCE = ("reward_accuracy", "reward_margin", "preference_accuracy")  # the engine's names, one pair a row
+MODERN_DPO = (*MODERN, *(f"{part}_{name}" for part in ("train", "valid", "full_valid") for name in PREFERENCE))
 LEGACY = (
     "step", "elapsed_tokens", "elapsed_examples",
     "training_loss", "training_sequence_accuracy", "training_token_accuracy",
@@ -70,17 +72,21 @@ def folder_hash(folder: Path) -> str:
 
 
 def metrics_of(step: dict[str, Any], validation: dict[str, Any] | None) -> dict[str, float]:
-    """A step event, and the validation after that step, in OpenAI's words. Only what is a finite number."""
-    values: dict[str, Any] = {
-        "step": step["step"],
-        "train_loss": step.get("loss"),
-        "train_mean_token_accuracy": step.get("token_accuracy"),
-    }
+    """A step event, and the validation after that step, in OpenAI's words; the figures of pairs, for which it has none,
+    in the engine's. Only what is a finite number."""
+    values: dict[str, Any] = {"step": step["step"], **_measured("train", step)}
     if validation is not None:  # ours is always over the whole file
-        for name in ("valid", "full_valid"):
-            values[f"{name}_loss"] = validation.get("loss")
-            values[f"{name}_mean_token_accuracy"] = validation.get("token_accuracy")
+        values |= _measured("valid", validation) | _measured("full_valid", validation)
     return {name: value for name, value in values.items() if _is_number(value)}
+
+
+def _measured(part: str, event: dict[str, Any]) -> dict[str, Any]:
+    pairs = event.get("preference") or {}
+    return {
+        f"{part}_loss": event.get("loss"),
+        f"{part}_mean_token_accuracy": event.get("token_accuracy"),
+        **{f"{part}_{name}": pairs.get(name) for name in PREFERENCE},
+    }
 
 
 def _is_number(value: Any) -> bool:
@@ -109,11 +115,15 @@ def result_table(run: RunFolder, job: Job) -> bytes:
 
 
 def _modern(run: RunFolder, job: Job) -> bytes:
+    """`train_accuracy`, which OpenAI's table has for every method, is that of tokens, or of pairs with method dpo."""
+    pairs = job.method == "dpo"
+    columns: Sequence[str] = MODERN_DPO if pairs else MODERN
+    accuracy = "train_reward_accuracy" if pairs else "train_mean_token_accuracy"
     rows = []
     for step, validation in steps_of(run):
         found = metrics_of(step, validation)
-        rows.append([found.get("train_mean_token_accuracy" if name == "train_accuracy" else name) for name in MODERN])
-    return _csv(MODERN, rows)
+        rows.append([found.get(accuracy if name == "train_accuracy" else name) for name in columns])
+    return _csv(columns, rows)
 
 
 def _legacy(run: RunFolder, job: Job) -> bytes:

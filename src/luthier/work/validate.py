@@ -3,8 +3,8 @@
 What a stranger uploaded is parsed there, so that a file made to hurt hurts nobody else. The process gets one JSON
 object on standard input (`training` and `validation`: paths, the second may be null; `kind`; `method`) and prints one
 verdict: null, or the job's error {code, message, param}.
-A file must hold chat records or prompt/completion pairs (the older fine-tunes: pairs alone, and no other key), all of
-them good; the newer jobs need ten examples to train on.
+A file must hold chat records or prompt/completion pairs (the older fine-tunes: those pairs alone, and no other key;
+method dpo: pairs of answers), all of them good; the newer jobs need ten examples to train on.
 Does not know: the store; tokens: rows that are too long are cut by the engine.
 """
 
@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from luthier.data.checkup import bound
 from luthier.data.formats import detect, read_examples
+from luthier.data.pairs import read_pairs
 from luthier.data.read import read_records
-from luthier.spec.data import Problem
+from luthier.spec.data import Example, Preference, Problem
 from luthier.spec.errors import NotFound
 
 FEWEST_EXAMPLES = 10
@@ -67,7 +68,8 @@ def _check(path: Path, which: str, kind: str, method: str) -> tuple[int, Refusal
         mismatch = _wrong_format(path, kind, method)
         if mismatch is not None:
             return refuse(mismatch)
-        count, errors, more = _read(path, strict=kind == "legacy")
+        examples = read_pairs(path) if method == "dpo" else read_examples(path)
+        count, errors, more = _read(examples, strict=kind == "legacy")
     except NotFound:
         return refuse("The file has been deleted.")
     except MemoryError:
@@ -93,14 +95,16 @@ def _wrong_format(path: Path, kind: str, method: str) -> str | None:
         return f"The file is in the {PUBLIC[found]} format, but {asked} the {names} format."
     if kind == "legacy":
         return "Unexpected file format, expected prompt/completion pairs."
+    if method == "dpo":
+        return "Unexpected file format, expected input with preferred_output and non_preferred_output."
     return "Unexpected file format, expected either prompt/completion pairs or chat messages."
 
 
-def _read(path: Path, strict: bool) -> tuple[int, list[Problem], int]:
+def _read(examples: Iterable[Example | Preference | Problem], strict: bool) -> tuple[int, list[Problem], int]:
     """Number of examples, the first errors, how many more there are. `strict`: an unknown key is one."""
     count = more = 0
     errors: list[Problem] = []
-    for item in read_examples(path):
+    for item in examples:
         if not isinstance(item, Problem):
             count += 1
         elif item.severity == "error" or (strict and item.found.startswith("the key ")):

@@ -167,7 +167,7 @@ class Worker:
                 "training": str(blob_of(self.files, "training", job.training_file)),
                 "validation": job.validation_file and str(blob_of(self.files, "validation", job.validation_file)),
                 "kind": job.kind,
-                "method": (job.request.get("method") or {}).get("type") or "supervised",
+                "method": job.method,
             }
         except FileGone as error:
             refusal = Refusal(error.code, error.message, error.param)

@@ -1,12 +1,14 @@
 """The cookbook's notebooks, call by call, in their module-level style. Model names are the notebooks' own.
 
-Chat fine-tuning (6.1), function calling (6.4), transactions and the distillation notebook's end (6.6).
+Chat fine-tuning (6.1), preferences (6.3), function calling (6.4), transactions and the distillation notebook's end
+(6.6).
 """
 
 from __future__ import annotations
 
 import base64
 import csv
+import io
 import json
 
 import openai
@@ -132,6 +134,44 @@ def check_11_multiclass_classification_for_transactions(given):
         )
         assert answer.choices[0].finish_reason in ("stop", "length")
         assert answer.model == done.fine_tuned_model
+
+
+def check_14_direct_preference_optimization_guide(given):
+    """Section 6.3 without its evals and responses, which this server does not have: files that are made in memory."""
+    pairs = [
+        {
+            "input": {"messages": [{"role": "user", "content": f"The quick question {n}"}]},
+            "preferred_output": [{"role": "assistant", "content": f"the short answer {n}"}],
+            "non_preferred_output": [{"role": "assistant", "content": "the quick brown fox jumps over the lazy dog"}],
+        }
+        for n in range(30)
+    ]
+
+    def upload(part, name):
+        file = io.BytesIO("\n".join(json.dumps(pair) for pair in part).encode("utf-8"))  # no newline at the end
+        file.name = name
+        return openai.files.create(file=file, purpose="fine-tune")
+
+    made = openai.fine_tuning.jobs.create(
+        model="gpt-4.1-mini-2025-04-14",
+        training_file=upload(pairs[:24], "train.jsonl").id,
+        validation_file=upload(pairs[24:27], "val.jsonl").id,
+        method={"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 2, "beta": 0.1, "batch_size": 8}}},
+    )
+    done = finished(made.id)
+    assert done.method.dpo.hyperparameters.to_dict() == {
+        "n_epochs": 2,
+        "beta": 0.1,
+        "batch_size": 8,
+        "learning_rate_multiplier": 1.0,
+    }
+    decoded = base64.b64decode(openai.files.content(done.result_files[0]).read()).decode("utf-8")
+    assert [row["step"] for row in csv.DictReader(io.StringIO(decoded))] == [str(step) for step in range(1, 7)]
+    for pair in pairs[27:]:
+        answer = openai.chat.completions.create(
+            model=done.fine_tuned_model, messages=pair["input"]["messages"], temperature=0, max_tokens=8
+        )
+        assert isinstance(answer.choices[0].message.content, str)
 
 
 def check_54_distillation_with_the_tuned_model(given):

@@ -1,4 +1,4 @@
-"""Acceptance checks 11-13, 15-20, 23-26 and 30 with the official Python client: jobs that submit.py began."""
+"""Acceptance checks 11-20, 23-26 and 30 with the official Python client: jobs that submit.py began."""
 
 from __future__ import annotations
 
@@ -74,12 +74,78 @@ def check_13_too_few_rows(given):
     assert [event.message for event in events if event.level == "error"] == [job.error.message]
 
 
-def check_14_dpo_is_refused(given):
-    """DPO comes with its own issue; until then the job is not made."""
-    for method in ({"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}, {"type": "dpo"}):
-        with raises(openai.BadRequestError) as error:
-            client.fine_tuning.jobs.create(model="tiny", training_file=given["training"], method=method)
-        assert error.value.param.startswith("method"), error.value.param
+def check_14_files_of_another_method(given):
+    for name, which, found, method in (
+        ("dpo-chat", "training", "fine-tune-chat", "dpo"),
+        ("dpo-held-out-chat", "validation", "fine-tune-chat", "dpo"),
+        ("pairs-supervised", "training", "fine-tune-preference", "supervised"),
+    ):
+        job = ended(given, name)
+        assert (job.status, job.error.code) == ("failed", f"invalid_{which}_file"), (name, job.error)
+        assert job.error.param == f"{which}_file"
+        assert f"in the {found} format, but the method is {method}" in job.error.message, job.error.message
+
+
+def check_14_dpo_in_both_spellings(given):
+    """The two files say the same, so the two jobs learn the same."""
+    first = given["jobs"]["dpo"]
+    assert (first["hyperparameters"], first["method"]["type"]) == (None, "dpo")
+    asked = {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": "auto", "beta": 0.1}
+    assert first["method"]["dpo"]["hyperparameters"] == asked
+    job = succeeded(given, "dpo")
+    assert re.fullmatch(r"ft:tiny:luthier:preferred:[A-Za-z0-9]{8}", job.fine_tuned_model), job.fine_tuned_model
+    assert (job.hyperparameters, job.method.type, job.method.supervised) == (None, "dpo", None)
+    assert job.method.dpo.hyperparameters.to_dict() == {**asked, "learning_rate_multiplier": 1.0}
+    assert job.trained_tokens > 0
+    assert losses(job) == losses(succeeded(given, "dpo-completion"))
+
+
+def check_14_dpo_tells_how_pairs_are_judged(given):
+    job = succeeded(given, "dpo")
+    rows = table(job)
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 10)]
+    assert abs(float(rows[0]["train_loss"]) - math.log(2)) < 1e-3, rows[0]  # nothing is learnt yet: the two are even
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    for row in rows:
+        assert (row["train_mean_token_accuracy"], row["full_valid_mean_token_accuracy"]) == ("", ""), row
+        assert 0 <= float(row["train_reward_accuracy"]) <= 1 and row["train_accuracy"] == row["train_reward_accuracy"]
+        assert math.isfinite(float(row["train_reward_margin"])), row
+    assert 0 <= float(rows[-1]["full_valid_reward_accuracy"]) <= 1
+    events = [event for event in client.fine_tuning.jobs.list_events(job.id, limit=100) if event.type == "metrics"]
+    assert [event.data["step"] for event in events] == list(range(9, 0, -1))
+    assert "training reward accuracy=" in events[0].message, events[0].message
+    assert 0 <= events[0].data["train_preference_accuracy"] <= 1
+    said = messages(job.id)
+    assert said[-2:] == [f"New fine-tuned model created: {job.fine_tuned_model}", "The job has successfully completed"]
+    assert not any("two answers" in message for message in said), said
+
+
+def check_14_checkpoints_of_dpo_are_models(given):
+    job = succeeded(given, "dpo")
+    kept = client.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert [one.step_number for one in kept] == [9, 6, 3]
+    for one in kept:
+        assert one.metrics.train_loss > 0 and one.metrics.full_valid_loss > 0
+        assert (one.metrics.train_mean_token_accuracy, one.metrics.full_valid_mean_token_accuracy) == (None, None)
+        assert 0 <= one.metrics.to_dict()["full_valid_reward_accuracy"] <= 1
+    for name in (job.fine_tuned_model, kept[-1].fine_tuned_model_checkpoint):
+        answer = client.chat.completions.create(
+            model=name, messages=[{"role": "user", "content": "colour 1?"}], max_tokens=4, temperature=0
+        )
+        assert answer.model == name
+
+
+def check_14_dpo_goes_on_from_a_tuned_model(given):
+    """Imitation first, preference after it, as the guides advise."""
+    parent = succeeded(given, "bare").fine_tuned_model
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 1, "batch_size": 12}}}
+    made = client.fine_tuning.jobs.create(model=parent, training_file=given["preferences"], method=method)
+    job = until(lambda: (found := client.fine_tuning.jobs.retrieve(made.id)).status in TERMINAL and found, 240)
+    assert job.status == "succeeded", job.error
+    assert re.fullmatch(r"ft:tiny:luthier::[A-Za-z0-9]{8}", job.fine_tuned_model) and job.fine_tuned_model != parent
+    assert job.method.dpo.hyperparameters.beta == 0.1  # what auto comes to
+    [row] = table(job)
+    assert abs(float(row["train_loss"]) - math.log(2)) < 1e-3, row  # the tuned model is what it is compared with
 
 
 def check_15_the_row_without_a_role_is_named(given):
@@ -205,10 +271,11 @@ def check_26_numbers_out_of_range_are_named(given):
             with raises(openai.BadRequestError) as error:
                 client.fine_tuning.jobs.create(model="tiny", training_file=given["training"], **asked)
             assert error.value.param.endswith(name), error.value.param
-    beta = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 2.1}}}
-    with raises(openai.BadRequestError) as error:
-        client.fine_tuning.jobs.create(model="tiny", training_file=given["training"], method=beta)
-    assert error.value.param.startswith("method")
+    for kind, beta in (("dpo", 0), ("dpo", 2.1), ("dpo", 3), ("dpo", "x"), ("supervised", 0.1)):
+        method = {"type": kind, kind: {"hyperparameters": {"beta": beta}}}
+        with raises(openai.BadRequestError) as error:
+            client.fine_tuning.jobs.create(model="tiny", training_file=given["training"], method=method)
+        assert error.value.param == f"method.{kind}.hyperparameters.beta", error.value.param
 
 
 def check_28_reinforcement_is_refused(given):

@@ -1,4 +1,4 @@
-// Acceptance checks 3, 7, 22, 43, 50 and 53 with openai-node. Prints one JSON object, check name -> what came of it.
+// Acceptance checks 3, 7, 14, 22, 43, 50 and 53 with openai-node. Prints one JSON object, check name -> what came of it.
 import assert from "node:assert/strict";
 import fs from "node:fs";
 import { createRequire } from "node:module";
@@ -139,6 +139,32 @@ async function check_53_models_and_errors() {
   assert.equal(new Set(listed).size, listed.length);
 }
 
+async function check_14_a_job_of_method_dpo() {
+  const hyperparameters = { n_epochs: 1, batch_size: 6, beta: 0.5 };
+  const made = await client.fineTuning.jobs.create({
+    model: "tiny",
+    training_file: given.preferences,
+    method: { type: "dpo", dpo: { hyperparameters } },
+  });
+  assert.equal(made.hyperparameters, null);
+  assert.equal(made.method.dpo.hyperparameters.learning_rate_multiplier, "auto");
+  const done = await until(async () => {
+    const one = await client.fineTuning.jobs.retrieve(made.id);
+    return ["succeeded", "failed", "cancelled"].includes(one.status) && one;
+  });
+  assert.equal(done.status, "succeeded");
+  assert.deepEqual(done.method, { type: "dpo", dpo: { hyperparameters: { ...hyperparameters, learning_rate_multiplier: 1 } } });
+  assert.deepEqual(await told(made.id), [1, 2]);
+  await assert.rejects(
+    client.fineTuning.jobs.create({
+      model: "tiny",
+      training_file: given.preferences,
+      method: { type: "dpo", dpo: { hyperparameters: { beta: 3 } } },
+    }),
+    (error) => error instanceof OpenAI.BadRequestError && error.param === "method.dpo.hyperparameters.beta",
+  );
+}
+
 async function check_53_a_tuned_model_deleted() {
   const job = given.jobs.repeat.id;
   const done = await until(async () => {
@@ -158,6 +184,7 @@ const checks = [
   check_22_53_a_job_paused_and_resumed,
   check_53_a_job_cancelled,
   check_53_models_and_errors,
+  check_14_a_job_of_method_dpo,
   check_53_a_tuned_model_deleted,
 ];
 const outcome = {};

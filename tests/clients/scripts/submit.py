@@ -48,6 +48,15 @@ heard[0]["messages"][2]["weight"] = 1
 submit("muted", upload(muted, "muted.jsonl"), seed=7, **short)
 submit("heard", upload(heard, "heard.jsonl"), seed=7, **short)
 
+dpo = {"method": {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 3, "batch_size": 4, "beta": 0.1}}}}
+pairs = upload(rows.preferences(), "pairs.jsonl")
+held_out = upload(rows.preferences(4, first=20), "held-out.jsonl")
+submit("dpo", pairs, validation_file=held_out, suffix="preferred", seed=7, **dpo)
+submit("dpo-completion", upload(rows.preferences(spelling="completion"), "pairs2.jsonl"), seed=7, **dpo)
+submit("dpo-chat", training, **dpo)
+submit("dpo-held-out-chat", pairs, validation_file=validation, method={"type": "dpo"})
+submit("pairs-supervised", pairs)
+
 bad = copy.deepcopy(chat)
 del bad[10]["messages"][1]["role"]
 submit("roleless", upload(bad, "roleless.jsonl"))
@@ -65,4 +74,4 @@ if given.get("drone"):
     with open(given["drone"], "rb") as file:
         drone = client.files.create(file=file, purpose="fine-tune")
     submit("drone", drone.id, model="gpt-3.5-turbo", suffix="drone")
-print(json.dumps({"jobs": jobs, "training": training, "validation": validation}))
+print(json.dumps({"jobs": jobs, "training": training, "validation": validation, "preferences": pairs}))
