@@ -176,7 +176,6 @@ def make_ready(
         )
     save_seconds = time.monotonic() - begun
     _prove_path(model, train, precision)
-    machine.trim()  # the weights as they were loaded, before they lay in one matrix, leave as much again in holes
     initial = publish.fingerprint(masters.values)
     for note in notes:
         emit("warning", message=note, hint="")
