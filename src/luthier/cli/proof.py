@@ -43,6 +43,7 @@ def proof_lines(proof: Proof) -> list[tuple[str, list[str]]]:
     ]
     if proof.pass_mark is not None:
         passed = "passed" if proof.pass_mark == 1 else f"passed ({proof.pass_mark:g} or more)"
+        passed = "pairs right" if proof.metric == "preference" else passed
         lines.append((passed, [f"{way.passed} of {len(proof.rows)}" for way in proof.ways]))
     every = dict.fromkeys(name for way in proof.ways for name in way.details)
     names = [name for name in every if " of " not in name and name != proof.metric]  # those of single labels are many
@@ -60,7 +61,7 @@ def score_words(proof: Proof, value: float | None) -> str:
     """Shares as percentages; nats as they are."""
     if value is None:
         return "-"
-    return f"{value:.1%}" if proof.higher_is_better else f"{value:.4f}"
+    return f"{value:.1%}" if proof.in_shares else f"{value:.4f}"
 
 
 def _interval(proof: Proof, way: Way) -> str:

@@ -106,7 +106,11 @@ def _of_pairs(proof: Proof, material: Material) -> Report:
     """Pairs are measured by which answer is found likelier; their loss depends on where training started."""
     learnt = sum(int(np.count_nonzero(weights >= 1)) for _, weights in material.rows)
     scores = {
-        way.name: Score(rows=material.examples, preference_accuracy=way.score, supervised_tokens=learnt)
+        way.name: Score(
+            rows=material.examples,
+            preference_accuracy=None if way.passed is None else way.passed / len(proof.rows),
+            supervised_tokens=learnt,
+        )
         for way in proof.ways
     }
     return Report(base=scores.get("base"), tuned=scores["tuned"], proof=proof)

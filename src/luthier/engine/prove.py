@@ -318,8 +318,8 @@ def prove_texts(
 def prove_pairs(
     loaded: models.Loaded, pairs: Sequence[tuple[Preference, list[Row]]], plan: Plan, base: Untuned | None
 ) -> Proof:
-    """The proof of preference pairs: whether each model finds the preferred answer likelier, as a whole, than the
-    other one."""
+    """The proof of preference pairs: by how many nats each model finds the preferred answer, as a whole, likelier than
+    the other one. How often it does says less: where one kind of answer is longer, few pairs turn."""
     kept = pairs[: plan.rows] if plan.rows is not None else pairs
     rows = []
     for pair, _ in kept:
@@ -356,9 +356,7 @@ def _measured(
 def _choices(model: Any, sides: Sequence[Row]) -> Scored:
     with step.forests(model):
         sums = stream.row_log_probs(model, sides, MICRO_TOKENS, each=2).reshape(-1, 2)
-    return Scored(
-        (sums[:, 0] > sums[:, 1]).astype(float).tolist(), {"margin_in_nats": mean((sums[:, 0] - sums[:, 1]).tolist())}
-    )
+    return Scored((sums[:, 0] - sums[:, 1]).tolist())
 
 
 def _losses(model: Any, texts: Sequence[list[Row]]) -> Scored:

@@ -21,6 +21,7 @@ MOST_LABELS = 50
 ROWS_A_LABEL = 3  # on average, at least
 LONGEST_LABEL = 60  # characters
 SHORT = 40  # characters of an answer that is either the wanted one or wrong
+TIE = 1e-6  # nats by which a preferred answer must be the likelier one
 SHARE_OF_CALLS = 0.2  # of the references, from which on calls are what is learnt
 
 METRICS: dict[str, Metric] = {
@@ -34,7 +35,7 @@ METRICS: dict[str, Metric] = {
         Metric("text", "chrF, mean over rows", text, pass_mark=PASS_MARK),
         # scored by the engine: nothing is answered
         Metric("perplexity", "loss per token, in nats", exact_match, pass_mark=None, higher_is_better=False),
-        Metric("preference", "share of pairs whose preferred answer is found likelier", exact_match),
+        Metric("preference", "how much likelier the preferred answer is, in nats", exact_match, pass_mark=TIE),
     )
 }
 

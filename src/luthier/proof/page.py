@@ -216,7 +216,8 @@ def _intervals(proof: Proof) -> dict[str, Any]:
     """A bar of each way's interval with its score, on one scale."""
     known = [way for way in proof.ways if way.score is not None and way.interval is not None]
     ends = [end for way in known for end in (way.interval.low, way.interval.high) if way.interval is not None]  # type: ignore[union-attr]
-    low, high = (0.0, 1.0) if proof.higher_is_better else (min(ends, default=0.0) * 0.95, max(ends, default=1.0) * 1.05)
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    low, high = (0.0, 1.0) if proof.in_shares else (low - 0.05 * (high - low), high + 0.05 * (high - low))
 
     def at(value: float) -> float:
         return round(150 + (value - low) / ((high - low) or 1) * WIDTH, 1)
@@ -269,7 +270,7 @@ def _forgotten(found: Forgetting) -> dict[str, Any]:
 def _said(proof: Proof, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.1%}" if proof.higher_is_better else f"{value:.4f}"
+    return f"{value:.1%}" if proof.in_shares else f"{value:.4f}"
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

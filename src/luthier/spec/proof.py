@@ -112,5 +112,10 @@ class Proof(_Said):
     seconds: float = Field(default=0.0, description="Wall time of the proof.")
     rows: list[ProofRow] = []
 
+    @property
+    def in_shares(self) -> bool:
+        """Whether scores are shares of 1, shown in percent, and not nats."""
+        return self.metric not in ("perplexity", "preference")
+
     def way(self, name: WayName) -> Way | None:
         return next((way for way in self.ways if way.name == name), None)
