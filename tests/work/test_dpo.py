@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from typing import Any
 
 import pytest
 
+from luthier.store.jobs import Job
 from luthier.work.findings import told
 from luthier.work.layout import resolved
 from luthier.work.results import result_table
@@ -14,6 +17,7 @@ from tests.work.ask import preferences
 from tests.work.conftest import Bench
 from tests.work.test_findings import finding
 from tests.work.test_record import SETTINGS, checkpoint, recorder, running, step
+from tests.work.test_worker import engine_of
 
 DPO = {"method": {"type": "dpo"}}
 NONE = {"token_accuracy": None, "sequence_accuracy": None}
@@ -146,3 +150,34 @@ def test_good_pairs_queue(bench: Bench) -> None:
     assert (failed.status, (failed.error or {})["code"]) == ("failed", "invalid_training_file")
     assert "is in the fine-tune-chat format, but the method is dpo" in str((failed.error or {})["message"])
     assert not [event.message for event in bench.events(job) if "two answers" in event.message]
+
+
+def table_of(bench: Bench, job: Job) -> bytes:
+    with bench.files.open(job.result_files[0]) as handle:
+        return handle.read()
+
+
+def test_a_job_becomes_a_model_whatever_happens_on_the_way(bench: Bench) -> None:
+    """Paused once and its engine killed once, a job comes to the same numbers as one that was left alone."""
+    bench.start()
+    asked = {"validation": preferences(4, "completion"), "n_epochs": 4, "batch_size": 1, "beta": 0.2, **DPO}
+    left_alone = bench.submit(preferences(12), **asked)
+    disturbed = bench.submit(preferences(12), **asked)
+    bench.stepped(disturbed, 3)
+    bench.jobs.request_pause(disturbed.id)
+    assert bench.until(disturbed, lambda found: found.status in ("paused", "succeeded")).status == "paused"
+    snapshot = bench.history.checkpoints(disturbed.id).data[0].step
+    bench.jobs.request_resume(disturbed.id)
+    bench.stepped(disturbed, snapshot + 2)
+    os.kill(engine_of(bench, disturbed), signal.SIGKILL)
+    first, second = bench.ended(left_alone), bench.ended(disturbed)
+    assert (first.status, second.status) == ("succeeded", "succeeded"), (first.error, second.error)
+    assert table_of(bench, first) == table_of(bench, second)
+    steps = [event.data["step"] for event in bench.events(disturbed) if event.type == "metrics"]
+    assert steps == list(range(1, 49))
+    assert second.hyperparameters == {"n_epochs": 4, "batch_size": 1, "learning_rate_multiplier": 1.0, "beta": 0.2}
+    assert second.proof is not None and second.proof["metric"] == "preference"
+    names = [bench.files.get(file_id).filename for file_id in second.result_files]
+    assert names == ["step_metrics.csv", "report.json", "report.html"]
+    model = bench.models.get(str(second.fine_tuned_model))
+    assert (model.folder / "adapter_config.json").is_file()
