@@ -36,7 +36,7 @@ def _blocks(stack: ExitStack) -> None:
 
     graphs: dict[int, Any] = {}  # by the address of a layer's output, from its forward to its backward
 
-    def forward(query: Any, key: Any, value: Any, plan: Any, window: int | None, scale: float, *_: Any) -> Any:
+    def forward(query: Any, key: Any, value: Any, plan: Any, window: int | None, scale: float) -> Any:
         inputs = [part.detach().requires_grad_() for part in (query, key, value)]
         with torch.enable_grad():
             output = attention.masked_attention(*inputs, plan.dense(window), scale)

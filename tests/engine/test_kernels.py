@@ -67,7 +67,7 @@ def test_norms_are_torchs(
     def both() -> list[Tensor]:
         out, again, into = (torch.empty(shape, dtype=kind) for kind in (dtype, dtype, torch.float32))
         own = torch.ones(width) if learns else None
-        inverse = pointwise.norm(x, weight, 1e-6, out, torch.empty(*x.shape[:-1], 1))
+        inverse = pointwise.norm(x, weight, 1e-6, out)
         pointwise.norm_again(x, weight, inverse, again)
         assert torch.equal(out, again)
         pointwise.norm_backward(grad, x, weight, inverse, into, plus if residual else None, own)
@@ -150,7 +150,7 @@ def test_what_is_not_a_number_stays_none(wrong: float) -> None:
     x = numbers(3, 64)
     x[1, 5] = wrong
     out = torch.empty(3, 64)
-    pointwise.norm(x, torch.ones(64), 1e-6, out, torch.empty(len(x), 1))
+    pointwise.norm(x, torch.ones(64), 1e-6, out)
     assert not bool(out[1].isfinite().all()) and bool(out[[0, 2]].isfinite().all())
     pointwise.GATES["silu"].apply(x, torch.ones(3, 64), out)
     assert not bool(out[1].isfinite().all())

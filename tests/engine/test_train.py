@@ -89,6 +89,28 @@ def test_bfloat16_masters_take_small_updates(tmp_path: Path) -> None:
     assert copy.tolist() == [1.0078125] * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steady_gradients_keep_their_place(dtype: torch.dtype) -> None:
+    """Whatever steps are taken, and they come to the same bits."""
+    found = []
+    for steady in (True, False):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(6, 5).to(dtype))
+        masters = optimizer.Masters({"w": weight}, weight_decay=0.1, steady=steady)
+        places = set()
+        for _ in range(3):
+            for _ in range(2):
+                (weight @ torch.randn(5, 4).to(dtype)).square().sum().backward()
+                masters.collect()
+            grad = masters.values["w"].grad
+            assert grad is not None
+            places.add(grad.data_ptr())
+            masters.step(0.1, max_norm=1.0)
+        assert not steady or len(places) == 1
+        found.append(masters.state())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_full_tuning_in_bfloat16_follows_float32(tmp_path: Path, data: Path, tiny: Path) -> None:
     """B30 on a run: the masters keep what bfloat16 would swallow, and the loss follows the float32 run."""
     options: dict[str, Any] = {

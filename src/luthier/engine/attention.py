@@ -25,7 +25,6 @@ from luthier.engine import blocks as planning
 from luthier.engine import kernels, varlen
 from luthier.engine.blocks import Block
 from luthier.engine.forest import Forest
-from luthier.engine.slab import Slab
 from luthier.engine.tiles import Tiles
 from luthier.spec.errors import BadSetting
 
@@ -47,11 +46,10 @@ class Trunk:
     length: int
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     sent: dict[int, list[Tensor]] = field(default_factory=dict)
-    slab: Slab | None = None  # where the sums lie
 
     def send(self, layer: int, *grads: Tensor) -> None:
         if layer not in self.sent:  # copies: a part of a gradient would keep all of it
-            self.sent[layer] = [kernels.tokens_first(grad, slab=self.slab).copy_(grad) for grad in grads]
+            self.sent[layer] = [grad.to(torch.float32, copy=True) for grad in grads]
             return
         for total, grad in zip(self.sent[layer], grads, strict=True):
             total += grad
@@ -65,7 +63,6 @@ class Plan:
     device: torch.device
     trunk: Trunk | None = None  # which the forest's rows continue
     becomes: Trunk | None = None  # which the forest is: what its layers compute is kept, what comes back is added
-    slab: Slab | None = None  # where its layers' outputs go, if they will go backward
     positions: Tensor = field(init=False)
     calls: int = 0
     _tiles: dict[int | None, Tiles] = field(default_factory=dict)
@@ -212,29 +209,25 @@ class Saved(NamedTuple):
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float, slab: Slab | None = None
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float
 ) -> tuple[Tensor, Saved]:
     """Attention of one layer within `plan`'s forest, outside autograd: (output [1, H, T, D], what `backward` takes).
 
     With a trunk, its keys and values are the first `plan.before` of `key` and `value`. Inputs may be strided views
-    whose last dimension is contiguous (parts of one fused product); the output lies in memory tokens first, in `slab`
-    unless it is rounded from float32.
+    whose last dimension is contiguous (parts of one fused product); the output lies in memory tokens first.
     """
     if query.device.type != "cpu":
         output, lse = varlen.forward(_flat(query), _flat(key), _flat(value), plan.sequences(window), scale)
         output = output.transpose(0, 1)[None]
         return output, Saved(query, key, value, output, lse[None], plan, window, scale)
     if _by_tiles(query, key, value):
-        whole = query.dtype == torch.float32
-        inputs = query.float(), key.float(), value.float()
-        output, lse = kernels.attention(*inputs, plan.tiles(window), scale, slab, whole)
+        output, lse = kernels.attention(query.float(), key.float(), value.float(), plan.tiles(window), scale)
         output = output.to(query.dtype)
         return output, Saved(query, key, value, output, lse, plan, window, scale)
     planned = plan.blocks(window)
     merging = any(not block.causal for block, _ in planned)
-    kind = torch.float32 if merging else query.dtype
-    output = kernels.tokens_first(query, kind, slab=slab if kind == query.dtype else None)
-    lse = kernels.scores_like(query, slab)
+    output = kernels.tokens_first(query, torch.float32 if merging else query.dtype)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32)
     for block, mask in planned:
         part, part_lse = _forward(
             _rows(query, block),
@@ -365,8 +358,7 @@ class _ForestAttention(torch.autograd.Function):
     ) -> Tensor:
         if plan.becomes is not None:
             plan.becomes.kept.append((key.detach(), value.detach()))
-        slab = plan.slab if any(ctx.needs_input_grad[:3]) else None
-        output, saved = forward(query, *_continued(plan, layer, key, value), plan, window, scale, slab)
+        output, saved = forward(query, *_continued(plan, layer, key, value), plan, window, scale)
         ctx.save_for_backward(query, key, value, output, saved.lse)
         ctx.rest, ctx.layer = saved[5:], layer
         return output

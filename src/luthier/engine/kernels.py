@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from luthier.engine import native
-from luthier.engine.slab import Slab
 from luthier.engine.tiles import KEYS, Tiles
 
 WIDTH = 16  # numbers: what the widest processors compute at once, so every row has to be a multiple of it
@@ -81,14 +80,12 @@ def fits(*tensors: Tensor) -> bool:
     return fitting and able()  # in this order: a GPU's work asks for no compiler
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, scale: float, slab: Slab | None = None, whole: bool = True
-) -> tuple[Tensor, Tensor]:
+def attention(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, scale: float) -> tuple[Tensor, Tensor]:
     """(output [1, H, T, D], which lies in memory tokens first, log-sum-exp of the scores [1, H, T]); float32 inputs
-    that `fits` has passed, keys and values with those of the trunk in front. Both go into `slab`, the output only when
-    it is kept as a `whole`, not rounded."""
+    that `fits` has passed, keys and values with those of the trunk in front."""
     plan = _plan(query, key, tiles, scale)
-    output, lse = tokens_first(query, slab=slab if whole else None), scores_like(query, slab)
+    output = tokens_first(query)
+    lse = torch.empty(query.shape[:-1])
     panels = torch.empty(key.shape[1] * len(tiles.keys) * KEYS * query.shape[-1])
     _library().attention(ctypes.byref(plan), *map(_heads, (query, key, value, output)), _at(lse), _at(panels))
     return output, lse
@@ -168,18 +165,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: f
     return losses, right
 
 
-def tokens_first(like: Tensor, dtype: torch.dtype = torch.float32, *, slab: Slab | None = None) -> Tensor:
+def tokens_first(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Room for [1, H, T, D] that lies in memory as [T, H, D]."""
     _, heads, tokens, size = like.shape
-    shape = tokens, heads, size
-    made = torch.empty(shape, dtype=dtype, device=like.device) if slab is None else slab.empty(shape, dtype)
-    return made.transpose(0, 1)[None]
-
-
-def scores_like(query: Tensor, slab: Slab | None = None) -> Tensor:
-    """Room for a number for each query and head, [1, H, T] float32."""
-    shape = tuple(query.shape[:-1])
-    return torch.empty(shape) if slab is None else slab.empty(shape, torch.float32)
+    return torch.empty(tokens, heads, size, dtype=dtype).transpose(0, 1)[None]
 
 
 def _plan(query: Tensor, key: Tensor, tiles: Tiles, scale: float) -> _Plan:

@@ -23,15 +23,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from luthier.engine import pointwise
-from luthier.engine.attention import Trunk
 from luthier.engine.projection import Projection, taken_apart
-from luthier.engine.slab import Slab, Slabs
 
 # Models whose layers are the ones computed here, whatever their sizes: transformers' class of the decoder.
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "GemmaModel", "Gemma3TextModel")
-
-# Tokens: slabs are made for a multiple of it, so that one fits the forests of all steps.
-EVEN = 256
 
 Attend = Callable[..., tuple[Tensor, Any]]
 
@@ -76,9 +71,8 @@ class Norm:
     def _float(self) -> Tensor:
         return self.weight.detach().float() + self.shift
 
-    def forward(self, rows: Tensor, out: Tensor, place: _Place) -> Tensor:
-        inverse = place(rows, *rows.shape[1:-1], 1, dtype=torch.float32)
-        return pointwise.norm(rows, self.scale, self.epsilon, out, inverse)
+    def forward(self, rows: Tensor, out: Tensor) -> Tensor:
+        return pointwise.norm(rows, self.scale, self.epsilon, out)
 
     def again(self, rows: Tensor, inverse: Tensor) -> Tensor:
         out = torch.empty_like(rows, dtype=self.weight.dtype)
@@ -125,16 +119,6 @@ class Layer:
             *(self.after_mlp.learning if self.after_mlp else ()),
         ]
 
-    def kept_bytes(self, tokens: int) -> int:
-        """What the two functions and attention put into a slab."""
-        projections = [self.qkv, self.o, self.gate_up, self.down]
-        heads = (self.queries + self.keys) if self.head_norms else 0
-        closing = [norm for norm in (self.after_attention, self.after_mlp) if norm]
-        exact = 2 * self.o.outputs + 2 + self.queries + heads + len(closing)  # the stream, inverses, log-sum-exp
-        products = self.qkv.outputs + self.o.inputs + self.gate_up.outputs + len(closing) * self.o.outputs
-        rest = products + heads * self.head_size + sum(projection.ranks for projection in projections)
-        return tokens * int(4 * exact + self.o.matrix.element_size() * rest)
-
     def split(self, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [T, heads, D] as views of their product [T, N]."""
         heads = joined.view(len(joined), -1, self.head_size)
@@ -159,33 +143,16 @@ class Decoder:
                     raise ValueError(f"{name}: {error}") from error
         self.decoder = decoder
         self.layers = [Layer(module, activation) for module in decoder.layers]
-        self.slabs = Slabs()
 
-    def slab(self, tokens: int, becomes: Trunk | None) -> Slab | None:
-        """For what a forest of so many tokens keeps, if it will go backward, and for what is sent back to the trunk
-        that it `becomes`. On a GPU torch keeps memory of its own."""
-        if not torch.is_grad_enabled() or self.layers[0].o.matrix.device.type != "cpu":
-            return None
-        tokens += -tokens % EVEN
-        size = sum(layer.kept_bytes(tokens) for layer in self.layers)
-        if becomes is not None:
-            size += sum(4 * tokens * 2 * layer.keys * layer.head_size for layer in self.layers)
-        slab = self.slabs.take(size)
-        if becomes is not None:
-            becomes.slab = slab
-        return slab
-
-    def __call__(
-        self, ids: Tensor, positions: Tensor, sources: Tensor, attend: Attend, slab: Slab | None = None
-    ) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, sources: Tensor, attend: Attend) -> Tensor:
         """Last hidden states, normalised, at `sources` [N, H]; ids and positions [T].
 
-        `attend` is called as transformers calls its attention functions. What is kept goes into `slab`.
+        `attend` is called as transformers calls its attention functions.
         """
         states: Tensor = self.decoder.embed_tokens(ids[None])[0].float()
         turns = list(self._rotations(states, positions))
         for layer, turn in zip(self.layers, turns, strict=True):
-            query, key, value, states = _Inward.apply(states, layer, slab, *turn, *layer.inward)  # type: ignore[no-untyped-call]
+            query, key, value, states = _Inward.apply(states, layer, *turn, *layer.inward)  # type: ignore[no-untyped-call]
             attended, _ = attend(
                 layer.attention,
                 *(heads.transpose(0, 1)[None] for heads in (query, key, value)),
@@ -196,7 +163,7 @@ class Decoder:
             attended = attended.reshape(len(ids), -1)
             if layer is self.layers[-1] and len(sources) < len(ids):  # the rest of it is of no use to anyone
                 states, attended = states.index_select(0, sources), attended.index_select(0, sources)
-            states = _Outward.apply(states, attended, layer, slab, *layer.outward)  # type: ignore[no-untyped-call]
+            states = _Outward.apply(states, attended, layer, *layer.outward)  # type: ignore[no-untyped-call]
         normal: Tensor = self.decoder.norm(states).to(attended.dtype)
         return normal if len(sources) < len(ids) else normal.index_select(0, sources)
 
@@ -224,20 +191,17 @@ class Decoder:
 class _Inward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, layer: Layer, slab: Slab | None, cos: Tensor, sin: Tensor, *learning: Tensor
+        ctx: Any, states: Tensor, layer: Layer, cos: Tensor, sin: Tensor, *learning: Tensor
     ) -> tuple[Tensor, ...]:
-        place = _Place(ctx, slab)
         wide = layer.qkv.room(states)
-        inverse = layer.before.forward(states, wide[:, : layer.qkv.inputs], place)
-        low, joined = place(wide, layer.qkv.ranks), place(wide, layer.qkv.outputs)
-        layer.qkv.forward(wide, low, joined)
+        inverse = layer.before.forward(states, wide[:, : layer.qkv.inputs])
+        joined, low = layer.qkv.forward(wide)
         plain = layer.split(joined)
         query, key, value = plain
         kept: list[Tensor] = []
         if layer.head_norms:
-            normal = [place(wide, *heads.shape[1:]) for heads in plain[:2]]
-            pairs = zip(plain[:2], normal, strict=True)
-            kept = [norm.forward(*pair, place) for norm, pair in zip(layer.head_norms, pairs, strict=True)]
+            normal = [torch.empty_like(heads) for heads in plain[:2]]
+            kept = [norm.forward(*pair) for norm, *pair in zip(layer.head_norms, plain[:2], normal, strict=True)]
             query, key = normal
         for heads in (query, key):
             pointwise.rotate(heads, cos, sin, heads)
@@ -262,29 +226,25 @@ class _Inward(torch.autograd.Function):
         back = layer.qkv.backward(grad, low)
         weights = back.weights(layer.before.again(states, inverse)) if layer.qkv.learning else []
         if not (ctx.needs_input_grad[0] or layer.before.learning):
-            return (None, None, None, None, None, *weights, *own)
+            return (None, None, None, None, *weights, *own)
         out = torch.empty_like(states)
         first = layer.before.backward(back.input(), states, inverse, out, grads[3])
-        return (out, None, None, None, None, *first, *weights, *own)
+        return (out, None, None, None, *first, *weights, *own)
 
 
 class _Outward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, attended: Tensor, layer: Layer, slab: Slab | None, *learning: Tensor
-    ) -> Tensor:
-        place = _Place(ctx, slab)
+    def forward(ctx: Any, states: Tensor, attended: Tensor, layer: Layer, *learning: Tensor) -> Tensor:
         wide = layer.o.room(attended)
         wide[:, : layer.o.inputs] = attended
-        middle, low_o, after = _closed(layer.o, wide, layer.after_attention, states, place)
+        middle, low_o, after = _closed(layer.o, wide, layer.after_attention, states)
         wide = layer.gate_up.room(middle)
-        inverse = layer.middle.forward(middle, wide[:, : layer.gate_up.inputs], place)
-        low_g, both = place(wide, layer.gate_up.ranks), place(wide, layer.gate_up.outputs)
-        layer.gate_up.forward(wide, low_g, both)
+        inverse = layer.middle.forward(middle, wide[:, : layer.gate_up.inputs])
+        both, low_g = layer.gate_up.forward(wide)
         wide = layer.down.room(both)
         half = layer.down.inputs
         layer.gate.apply(both[:, :half], both[:, half:], wide[:, :half])
-        output, low_d, end = _closed(layer.down, wide, layer.after_mlp, middle, place)
+        output, low_d, end = _closed(layer.down, wide, layer.after_mlp, middle)
         ctx.save_for_backward(attended)
         ctx.layer = layer
         ctx.kept = (middle, inverse, both, (low_o, low_g, low_d), after, end)
@@ -307,39 +267,25 @@ class _Outward(torch.autograd.Function):
             weights = [*back.weights(layer.middle.again(middle, inverse)), *weights]
         lower = ctx.needs_input_grad[0] or ctx.needs_input_grad[1] or layer.o.learning or layer.middle.learning
         if not (lower or (layer.after_attention and layer.after_attention.learning)):
-            return (None, None, None, None, *weights)
+            return (None, None, None, *weights)
         out = torch.empty_like(middle)
         middle_weights = layer.middle.backward(back.input(), middle, inverse, out, grad)
         before_after, after_weights = _opened(out, layer.after_attention, after, both.dtype)
         back = layer.o.backward(before_after, low_o)
         first = back.weights(attended) if layer.o.learning else []
         into_attended = back.input() if ctx.needs_input_grad[1] else None
-        return (out, into_attended, None, None, *first, *after_weights, *middle_weights, *weights)
-
-
-class _Place:
-    """Where what is kept is put: into the slab, if there is one and this will go backward."""
-
-    def __init__(self, ctx: Any, slab: Slab | None) -> None:
-        self.slab = slab if any(ctx.needs_input_grad) else None
-
-    def __call__(self, like: Tensor, *width: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for a row for each of `like`, [T, *width], in its precision if no other is given."""
-        shape, dtype = (len(like), *width), dtype or like.dtype
-        return like.new_empty(shape, dtype=dtype) if self.slab is None else self.slab.empty(shape, dtype)
+        return (out, into_attended, None, *first, *after_weights, *middle_weights, *weights)
 
 
 def _closed(
-    projection: Projection, wide: Tensor, norm: Norm | None, residual: Tensor, place: _Place
+    projection: Projection, wide: Tensor, norm: Norm | None, residual: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """(residual + projection, low product, what `_opened` needs): with a norm in between where the family has one."""
-    low, output = place(wide, projection.ranks), place(residual, projection.outputs)
     if norm is None:
-        projection.forward(wide, low, output, residual)
-        return output, low, None
-    plain = place(wide, projection.outputs)
-    projection.forward(wide, low, plain)
-    inverse = norm.forward(plain, output, place)
+        return *projection.forward(wide, residual), None
+    plain, low = projection.forward(wide)
+    output = torch.empty_like(residual)
+    inverse = norm.forward(plain, output)
     return output.add_(residual), low, (plain, inverse)
 
 

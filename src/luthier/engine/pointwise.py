@@ -34,16 +34,16 @@ def slices(rows: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, len(rows)))
 
 
-def norm(rows: Tensor, weight: Tensor, epsilon: float, out: Tensor, inverse: Tensor) -> Tensor:
+def norm(rows: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
     """RMSNorm (Zhang & Sennrich, 2019) of `rows` [T, ..., H] into `out`, times `weight` [H] float32.
 
-    Returns the inverse root mean squares [T, ..., 1] float32, which `norm_backward` needs; on a CPU they are put into
-    `inverse`. `out` may be `rows`.
+    Returns the inverse root mean squares [T, ..., 1] float32, which `norm_backward` needs. `out` may be `rows`.
     """
     if rows.is_cuda:
-        made, found = _norm(rows.float(), rows.shape[-1:], weight, epsilon)
+        made, inverse = _norm(rows.float(), rows.shape[-1:], weight, epsilon)
         out.copy_(made)
-        return found  # type: ignore[no-any-return]
+        return inverse  # type: ignore[no-any-return]
+    inverse = torch.empty((*rows.shape[:-1], 1), dtype=torch.float32, device=rows.device)
     if kernels.fits(rows, out):
         kernels.norm(rows, weight, epsilon, inverse, False, out)
         return inverse

@@ -79,24 +79,20 @@ class Projection:
         """An input [T, K + R], in the weights' precision, with its first K columns to be filled."""
         return self.matrix.new_empty(len(like), self.width)
 
-    def forward(self, wide: Tensor, low: Tensor, out: Tensor, plus: Tensor | None = None) -> None:
-        """W x + s B A x (+ plus) into `out` [T, N] and s A x into `low` [T, R], of x in the first columns of `wide`,
-        whose last R are filled. `plus` and the sum may have more precision.
+    def forward(self, wide: Tensor, plus: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(W x + s B A x (+ plus) [T, N], s A x [T, R]) of x in the first columns of `wide`, whose last R it fills.
+
+        With a `plus` of more precision the sum has that precision.
         """
+        low = wide.new_empty(len(wide), self.ranks)  # not a part of `wide`: kept, it would keep all of that
         if self.ranks:
-            torch.mm(wide[:, : self.inputs], self.down.t(), out=low).mul_(self.scale)
+            low = torch.mm(wide[:, : self.inputs], self.down.t()).mul_(self.scale)
             wide[:, self.inputs :] = low
         if plus is not None and not self.biased and plus.dtype == wide.dtype:
-            torch.addmm(plus, wide, self.matrix.t(), out=out)
-            return
+            return torch.addmm(plus, wide, self.matrix.t()), low
         bias = self._bias()
-        product = out if plus is None else wide.new_empty(out.shape)
-        if bias is None:
-            torch.mm(wide, self.matrix.t(), out=product)
-        else:
-            torch.addmm(bias, wide, self.matrix.t(), out=product)
-        if plus is not None:
-            torch.add(product, plus, out=out)
+        output = torch.mm(wide, self.matrix.t()) if bias is None else torch.addmm(bias, wide, self.matrix.t())
+        return (output if plus is None else output + plus), low
 
     def _bias(self) -> Tensor | None:
         """The layers' biases [N], those that have none with zeros."""
@@ -110,7 +106,7 @@ class Projection:
         )
 
     def backward(self, grad: Tensor, low: Tensor) -> Backward:
-        """The gradient `grad` [T, N] of the output on its way back; `low` is what `forward` filled."""
+        """The gradient `grad` [T, N] of the output on its way back; `low` is what `forward` returned."""
         return Backward(self, grad, low)
 
 

@@ -93,12 +93,12 @@ def hidden_states(model: Any, tree: Forest, trunk: Trunk | None = None, becomes:
     the forest, as a trunk, leaves for those that follow."""
     device = next(model.parameters()).device
     base = inner(model)
-    fused = layers.of(base)
-    plan = attention.Plan(tree, device, trunk, becomes, fused.slab(tree.tokens, becomes) if fused is not None else None)
+    plan = attention.Plan(tree, device, trunk, becomes)
     ids, sources = (torch.from_numpy(array).to(device) for array in (tree.token_ids, tree.sources))
+    fused = layers.of(base)
     with attention.active(plan):
         if fused is not None:
-            return fused(ids, plan.positions, sources, attention.forest_attention, plan.slab)
+            return fused(ids, plan.positions, sources, attention.forest_attention)
         output = base.get_decoder()(input_ids=ids[None], position_ids=plan.positions[None], use_cache=False)
     attention.require_used(plan, base)
     states: Tensor = output.last_hidden_state[0]
