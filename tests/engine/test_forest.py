@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,28 @@ def test_plans_keep_every_row_and_the_budget(lengths: list[int], budget: int, pr
     for batch in batches:
         if len(batch) > 1:
             assert forest.build([rows[index] for index in batch]).tokens <= budget + forest.MIN_SHARED * len(batch)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(60, 200), st.integers(0, 30))
+def test_no_cut_is_as_few_and_smaller(lengths: list[int], budget: int, prefix: int) -> None:
+    """Of all ways to cut the sorted rows into micro-batches within the budget: none has fewer, and of those with as
+    many none has a smaller largest."""
+    rows = rows_of(lengths, prefix, seed=5)
+    budget = max(budget, *(len(ids) for ids, _ in rows), prefix + 60)
+
+    def size(batch: list[int]) -> int:
+        return forest.physical_tokens([rows[index] for index in batch])
+
+    batches = forest.plan(rows, budget)
+    order = [index for batch in batches for index in batch]
+    ways = []
+    for cuts in itertools.product([False, True], repeat=len(order) - 1):
+        ends = [at for at, cut in enumerate(cuts, 1) if cut]
+        parts = [order[start:end] for start, end in zip([0, *ends], [*ends, len(order)], strict=True)]
+        if (largest := max(map(size, parts))) <= budget:
+            ways.append((len(parts), largest))
+    assert (len(batches), max(map(size, batches))) == min(ways)
 
 
 def test_bfloat16_stays_close(tmp_path: Path) -> None:

@@ -176,7 +176,8 @@ class _Maker:
 
 
 def plan(rows: Sequence[Row], micro_tokens: int, min_shared: int = MIN_SHARED, each: int = 1) -> list[list[int]]:
-    """Cut one optimizer step's rows into micro-batches of at most `micro_tokens` physical tokens.
+    """Cut one optimizer step's rows into micro-batches of at most `micro_tokens` physical tokens: as few as can be, and
+    of those the ones whose largest is smallest, as the largest decides how much memory is needed.
 
     Rows are taken in sorted order, so rows with a common prefix stay together and pay for it once. A row longer than
     the budget gets a micro-batch of its own. Of rows that belong together, `each` following ones (the answers of a
@@ -188,21 +189,40 @@ def plan(rows: Sequence[Row], micro_tokens: int, min_shared: int = MIN_SHARED, e
         return len(ids) - (shared if shared >= min_shared else 0)
 
     order = sorted(range(0, len(rows), each), key=lambda index: rows[index][0].astype(">i4").tobytes())
-    batches: list[list[int]] = []
-    used = 0
-    for index in order:
+    costs: list[tuple[int, int]] = []  # tokens as the first of a micro-batch, and behind the one before
+    for index, before in zip(order, [*order[:1], *order], strict=False):
         ids = rows[index][0]
-        members = list(range(index, index + each))
-        others = sum(alone(rows[member][0], ids) for member in members[1:])
-        if batches:
-            new = alone(ids, rows[batches[-1][-each]][0]) + others
-            if used + new <= micro_tokens:
-                batches[-1] += members
-                used += new
-                continue
-        batches.append(members)
-        used = len(ids) + others
-    return batches
+        others = sum(alone(rows[member][0], ids) for member in range(index + 1, index + each))
+        costs.append((len(ids) + others, alone(ids, rows[before][0]) + others))
+    least = _least(costs, micro_tokens)
+    return [[member for at in cut for member in range(order[at], order[at] + each)] for cut in _cuts(costs, least)]
+
+
+def _cuts(costs: Sequence[tuple[int, int]], budget: int) -> list[range]:
+    """Neighbours that a micro-batch of `budget` tokens holds, taken one after another: no other cuts are fewer, for
+    neighbours never cost more than they do with more of their neighbours."""
+    cuts: list[range] = []
+    used = 0
+    for at, (first, following) in enumerate(costs):
+        if cuts and used + following <= budget:
+            cuts[-1] = range(cuts[-1].start, at + 1)
+            used += following
+        else:
+            cuts.append(range(at, at + 1))
+            used = first
+    return cuts
+
+
+def _least(costs: Sequence[tuple[int, int]], budget: int) -> int:
+    """The smallest budget that needs no more micro-batches than `budget` does."""
+    count, low = len(_cuts(costs, budget)), 0
+    while low < budget:
+        middle = (low + budget) // 2
+        if len(_cuts(costs, middle)) <= count:
+            budget = middle
+        else:
+            low = middle + 1
+    return budget
 
 
 def physical_tokens(rows: Sequence[Row], min_shared: int = MIN_SHARED) -> int:
