@@ -90,12 +90,13 @@ def test_freed_pieces_go_back_to_the_system(script: str) -> None:
 def test_a_process_that_holds_too_much_is_trimmed(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, full: float, wanted: bool
 ) -> None:
-    """Once all is loaded, before the first step, and after each piece of one; what is learnt is the same."""
+    """Once all is loaded, before the first step, after each piece of one, and when the weights have left; what is learnt
+    is the same."""
     data = runs.write(tmp_path / "data.jsonl", runs.chats(12))
     usual = runs.train(tmp_path / "usual", tiny, data, epochs=1)
     seen: list[int] = []
     monkeypatch.setattr(machine, "trim", lambda: seen.append(1))
     monkeypatch.setattr(train, "FULL", full)
     run = runs.train(tmp_path / "run", tiny, data, epochs=1)
-    assert len(seen) == 2 + (runs.events(run, "forecast")[0]["micro_batches"] if wanted else 0)
+    assert len(seen) == 3 + (runs.events(run, "forecast")[0]["micro_batches"] if wanted else 0)
     assert all(torch.equal(value, runs.weights(usual)[name]) for name, value in runs.weights(run).items())

@@ -78,12 +78,12 @@ def loading() -> Iterator[None]:
     """While inside, what takes more than a few pages is mapped by itself, so that it leaves no hole when it goes: a
     model's weights, which are put together into other matrices, would leave holes as large as themselves, into which
     the small change of every step is spread until all of them are full of it. Afterwards the C library keeps what is
-    freed, as it comes to do by itself, for taking memory anew costs time. Does nothing where it is not glibc."""
+    freed until `trim`, for taking memory anew costs time. Does nothing where it is not glibc."""
     _allocate(mapped_from=256 * 1024, returned_from=128 * 1024)
     try:
         yield
     finally:
-        _allocate(mapped_from=32 * 1024 * 1024, returned_from=64 * 1024 * 1024)
+        _allocate(mapped_from=32 * 1024 * 1024, returned_from=2**31 - 1)
         trim()
 
 
