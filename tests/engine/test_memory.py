@@ -90,8 +90,8 @@ def test_freed_pieces_go_back_to_the_system(script: str) -> None:
 def test_a_process_that_holds_too_much_is_trimmed(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, full: float, wanted: bool
 ) -> None:
-    """Once all is loaded, before the first step, after each piece of one, and when the weights have left; what is learnt
-    is the same."""
+    """Once all is loaded, before the first step, after each piece of one, when the weights have left; what is learnt is
+    the same."""
     data = runs.write(tmp_path / "data.jsonl", runs.chats(12))
     usual = runs.train(tmp_path / "usual", tiny, data, epochs=1)
     seen: list[int] = []

@@ -40,6 +40,7 @@ def report_of(run: RunFolder) -> Report:
 def test_the_meter_is_in_the_report_and_equals_the_command(tmp_path: Path, tiny: Path, data: Path) -> None:
     run = train(tmp_path / "run", tiny, data, max_steps=2, precision="float32", forgetting=12)
     found = report_of(run).forgetting
+    assert found is not None and found.before == tiny.name, "a folder of this machine"
     assert found is not None
     assert (found.items, found.parts[0].kind) == (12, "knowledge")
     assert [event["name"] for event in events(run, "phase")][-1] == "forgetting"

@@ -71,7 +71,7 @@ def conclude(
         scaled.set(scale)
         scores = measure.general(scale)
         before = before or scores
-        lost = compare(measure.items, before, scores, held.request.model)
+        lost = compare(measure.items, before, scores, held.request.base_name)
         points.append(
             Point(
                 scale=scale,

@@ -83,7 +83,7 @@ class Meter:
                 lambda: forget.measure(untuned, self.renderer, items, name="before", progress=progress),
             )
         after = forget.measure(model, self.renderer, items, name="after", progress=progress)
-        return compare(items, before, after, self.request.model)
+        return compare(items, before, after, self.request.base_name)
 
 
 def refusal(gate: Gate) -> str:

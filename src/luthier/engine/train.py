@@ -35,8 +35,8 @@ from luthier.spec.report import Report, Score
 from luthier.spec.run import RunFolder
 
 # Work that leaves so much of the memory foretold beside the model itself is followed by `machine.trim`. A share of all
-# would be passed by a large model at rest; at 0.8 most work would be followed, and memory taken anew costs a twentieth of
-# the time. Measured: docs/experiments.md.
+# would be passed by a large model at rest; at 0.8 most work would be followed, and memory taken anew costs a twentieth
+# of the time. Measured: docs/experiments.md.
 FULL = 0.95
 
 

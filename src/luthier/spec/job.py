@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -243,6 +244,12 @@ class TrainRequest(BaseModel):
     @property
     def classifies(self) -> bool:
         return self.classification_positive_class is not None or self.classification_n_classes is not None
+
+    @property
+    def base_name(self) -> str:
+        """The base without the folders of this machine, which are nobody's business where results are shown."""
+        path = PurePath(self.model)
+        return path.name if path.is_absolute() else self.model
 
     @property
     def prefers(self) -> bool:
