@@ -41,7 +41,6 @@ def test_the_meter_is_in_the_report_and_equals_the_command(tmp_path: Path, tiny:
     run = train(tmp_path / "run", tiny, data, max_steps=2, precision="float32", forgetting=12)
     found = report_of(run).forgetting
     assert found is not None and found.before == tiny.name, "a folder of this machine"
-    assert found is not None
     assert (found.items, found.parts[0].kind) == (12, "knowledge")
     assert [event["name"] for event in events(run, "phase")][-1] == "forgetting"
     assert report_of(run).gate is None

@@ -168,7 +168,7 @@ def test_cells_are_numbers_or_empty(bench: Bench) -> None:
     step(run, 1, loss=float("0.123456789"))
     found = {"classification/accuracy": 0.5, "classification/auroc": None}
     run.emit("validation", step=2, loss=0.5, token_accuracy=None, sequence_accuracy=1.0, classification=found)
-    step(run, 2, token_accuracy_=None)
+    step(run, 2, token_accuracy=None)
     lines = result_table(run, job).decode().splitlines()
     assert lines[0] == (
         "step,elapsed_tokens,elapsed_examples,training_loss,training_sequence_accuracy,training_token_accuracy,"
