@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.data.formats import FORMATS, detect, read_examples
-from luthier.spec.data import Chat, Completion, Message, Problem, Text, ToolCall
+from luthier.data.pairs import read_pairs
+from luthier.spec.data import Chat, Completion, Message, Preference, Problem, Text, ToolCall
 from tests.data.record_files import (
     ANSWER,
     CHAT,
@@ -430,8 +431,14 @@ def test_every_example_in_the_documentation_is_read_as_its_heading_says(tmp_path
     for section in page.split("\n### ")[1:]:
         for block in section.split("```json\n")[1:]:
             row = json.loads(block.partition("```")[0])
-            name = section.partition("\n")[0]
+            name = section.partition("\n")[0].removesuffix(" data").lower()
             shown[name] = shown.get(name, 0) + 1
             assert detect(row) == name
-            assert len(good(tmp_path, row)) == 1
-    assert shown == dict.fromkeys(FORMATS, 1) | {"chat": 2}
+            if name == "preference":
+                path = tmp_path / "pairs.jsonl"
+                path.write_text(json.dumps(row))
+                [pair] = read_pairs(path)
+                assert isinstance(pair, Preference)
+            else:
+                assert len(good(tmp_path, row)) == 1
+    assert shown == dict.fromkeys(FORMATS, 1) | {"chat": 2, "preference": 1}

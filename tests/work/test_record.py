@@ -177,7 +177,7 @@ def test_cells_are_numbers_or_empty(bench: Bench) -> None:
     )
     assert lines[1:] == [
         "1,10,4,0.12346,0.25000,0.50000,,,,,",
-        "2,20,8,0.50000,0.25000,0.50000,0.50000,1.00000,,0.50000,",
+        "2,20,8,0.50000,0.25000,,0.50000,1.00000,,0.50000,",
     ]
     assert metrics_of({"step": 1, "loss": float("nan")}, {"loss": None}) == {"step": 1}
 
