@@ -92,7 +92,11 @@ class Reports:
 def wanted(request: pytest.FixtureRequest) -> set[tuple[str, str]]:
     """The (script, client) pairs that this run's tests ask for."""
     calls = [getattr(item, "callspec", None) for item in request.session.items]
-    return {(call.params["script"], call.params["client"]) for call in calls if call and "script" in call.params}
+    return {
+        (call.params["script"], call.params["client"])
+        for call in calls
+        if call and {"script", "client"} <= call.params.keys()
+    }
 
 
 @pytest.fixture(scope="session")

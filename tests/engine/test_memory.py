@@ -70,11 +70,11 @@ with machine.loading():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
-@pytest.mark.parametrize("script", [HOLES, LOADED], ids=["trimmed", "loaded"])
-def test_freed_pieces_go_back_to_the_system(script: str) -> None:
+@pytest.mark.parametrize("code", [HOLES, LOADED], ids=["trimmed", "loaded"])
+def test_freed_pieces_go_back_to_the_system(code: str) -> None:
     here = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # or it would be the GPU's memory that is told
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         timeout=250,

@@ -160,7 +160,7 @@ def table_of(bench: Bench, job: Job) -> bytes:
 def test_a_job_becomes_a_model_whatever_happens_on_the_way(bench: Bench) -> None:
     """Paused once and its engine killed once, a job comes to the same numbers as one that was left alone."""
     bench.start()
-    asked = {"validation": preferences(4, "completion"), "n_epochs": 4, "batch_size": 1, "beta": 0.2, **DPO}
+    asked = {"validation": preferences(4, "completion"), "n_epochs": 40, "batch_size": 1, "beta": 0.2, **DPO}
     left_alone = bench.submit(preferences(12), **asked)
     disturbed = bench.submit(preferences(12), **asked)
     bench.stepped(disturbed, 3)
@@ -174,8 +174,8 @@ def test_a_job_becomes_a_model_whatever_happens_on_the_way(bench: Bench) -> None
     assert (first.status, second.status) == ("succeeded", "succeeded"), (first.error, second.error)
     assert table_of(bench, first) == table_of(bench, second)
     steps = [event.data["step"] for event in bench.events(disturbed) if event.type == "metrics"]
-    assert steps == list(range(1, 49))
-    assert second.hyperparameters == {"n_epochs": 4, "batch_size": 1, "learning_rate_multiplier": 1.0, "beta": 0.2}
+    assert steps == list(range(1, 481))
+    assert second.hyperparameters == {"n_epochs": 40, "batch_size": 1, "learning_rate_multiplier": 1.0, "beta": 0.2}
     assert second.proof is not None and second.proof["metric"] == "preference"
     names = [bench.files.get(file_id).filename for file_id in second.result_files]
     assert names == ["step_metrics.csv", "report.json", "report.html"]
