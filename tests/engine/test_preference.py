@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -267,8 +268,20 @@ def test_a_chunk_does_not_depend_on_its_run(tmp_path: Path, tiny: Path, monkeypa
     shutil.rmtree(load_settings().cache_dir / "references")
     train(tmp_path / "anew", tiny, file, max_steps=1, **DPO)
     anew = [json.loads(line) for line in references_of(RunFolder(tmp_path / "anew")).read_text().splitlines()]
-    key = str.__str__
-    assert sorted(entries, key=lambda entry: key(entry["rows"])) == sorted(anew, key=lambda entry: key(entry["rows"]))
+    assert {entry["rows"]: entry["log_probs"] for entry in entries} == {
+        entry["rows"]: entry["log_probs"] for entry in anew
+    }
+
+
+@pytest.mark.parametrize(("there", "left"), [(0, 1), (5, 6), (9, 10), (10, 10), (12, 10)])
+def test_only_the_oldest_starts_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, left: int) -> None:
+    monkeypatch.setattr(references, "KEPT_FILES", 10)
+    for n in range(there):
+        (tmp_path / f"{n}.jsonl").write_text("{}\n")
+        os.utime(tmp_path / f"{n}.jsonl", (n, n))
+    references._keep(tmp_path / "new.jsonl", "rows", np.zeros(2))
+    names = {path.stem for path in tmp_path.glob("*.jsonl")}
+    assert names == {"new", *map(str, range(there - left + 1, there))}
 
 
 def test_other_numbers_are_another_start(tmp_path: Path, tiny: Path, data: Path) -> None:

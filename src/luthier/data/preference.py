@@ -1,6 +1,6 @@
 """Preference records: one prompt, an answer that is preferred and one that is not; every spelling that people use.
 
-Recognised and converted here; no training method reads them yet. Does not know: files.
+Does not know: files (rows.py, pairs.py).
 """
 
 from __future__ import annotations

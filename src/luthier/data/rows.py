@@ -1,7 +1,7 @@
 """The rows of a data file with their own bytes and what they mean, for commands that write rows again.
 
-Training reads Examples alone (formats.py); here a preference record is a row like any other, and what is not changed
-keeps its bytes. Does not know: what is done with rows.
+Training reads Examples (formats.py) or pairs of answers (pairs.py); here a record of either is a row like any other,
+and what is not changed keeps its bytes. Does not know: what is done with rows.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def kind_of(value: Any) -> str | None:
 def _special(
     record: Record, kind: str | None, wanted: str, line: int, findings: Findings
 ) -> Example | Preference | None:
-    """What formats.py does not read, because nothing trains on it: preference and MOSS records."""
+    """What formats.py does not read: preference records, which are no examples to imitate, and MOSS records, which have
+    to be converted."""
     if kind != wanted:
         hint = "Put each format into a file of its own."
         findings.error("", "a record of another format", f"a {wanted} record, as in line {line}", hint)

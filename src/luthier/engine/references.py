@@ -105,6 +105,6 @@ def _keep(place: Path, name: str, values: Floats) -> None:
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             others = sorted(place.parent.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
-            for old in others[: len(others) - KEPT_FILES + 1]:
+            for old in others[: max(0, len(others) + 1 - KEPT_FILES)]:
                 old.unlink(missing_ok=True)
         append_line(place, json.dumps({"rows": name, "log_probs": values.tolist()}))

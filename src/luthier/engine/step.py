@@ -129,6 +129,17 @@ def weigh(model: Any, tree: Forest, hidden: Tensor) -> tuple[Sums, Tensor]:
 
 
 @contextlib.contextmanager
+def resting(model: Any) -> Iterator[None]:
+    """Without dropout while inside."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
 def forests(model: Any) -> Iterator[None]:
     """While inside, `model` attends within forests; then as before."""
     base = inner(model)

@@ -9,7 +9,6 @@ Does not know: how work is cut (planner.py), optimizers.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -108,7 +107,7 @@ def measure_rows(
     """
     planned = planner.works(rows, micro_tokens, part=part, trunks=trunks and step.branches(model))
     total = Sums()
-    with _resting(model):
+    with step.resting(model):
         for work in _told(planned, progress):
             total += measure(model, work, tally, watch)
     return total
@@ -131,24 +130,13 @@ def row_log_probs(
     head, vocabulary = losses.Head(base), step.vocabulary_of(base)
     planned = planner.works(rows, micro_tokens, part=part, trunks=step.branches(model), each=each)
     found = np.zeros(len(rows))
-    with _resting(model):
+    with step.resting(model):
         for work in _told(planned, progress):
             for tree, hidden in states(model, work):
                 targets = torch.from_numpy(tree.targets).to(hidden.device)
                 nll, _ = losses.score(hidden, head, targets, vocabulary)
                 np.subtract.at(found, tree.sequences, nll.double().cpu().numpy())
     return found
-
-
-@contextlib.contextmanager
-def _resting(model: Any) -> Iterator[None]:
-    """Without dropout while inside."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _told(planned: Sequence[tuple[int, Work]], progress: Callable[[int, int], None] | None) -> Iterator[Work]:
