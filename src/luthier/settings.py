@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     )
     kernels: Literal["auto", "torch"] = Field(
         default="auto",
-        description="What computes on processors: kernels compiled here where they can be, or torch's only.",
+        description="What computes: kernels compiled here where they can be, or torch's only.",
     )
     requests_per_minute: int = Field(default=3000, ge=1, description="Requests that one key may make in a minute.")
     max_file_bytes: int = Field(default=512 * 2**20, ge=1, description="Largest file that may be uploaded at once.")

@@ -12,14 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.engine import attention, forest, layers, machine, models, planner, step, stream, varlen
+from luthier.engine import attention, forest, kernels, layers, machine, models, planner, step, stream, varlen
 from luthier.engine.__main__ import carry_out
 from luthier.engine.attention import Trunk
 from luthier.engine.forest import Row
+from luthier.engine.preference import Judge
 from tests.engine import runs
 from tests.engine.test_attention import apart, planted, tensors
 from tests.engine.test_forest import Gradients, rows_of
+from tests.engine.test_kernels import told
 from tests.engine.test_layers import FAMILIES, adapted, cosine, learnt, make, stop_after
+from tests.engine.test_preference import fast, pairs_of, slow
 
 GPU = torch.device("cuda")
 if not (torch.cuda.is_available() and varlen.able(GPU, torch.bfloat16, 64)):
@@ -127,6 +130,47 @@ def test_streamed_is_together(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert cosine(whole[1], parts[1]) > 0.999
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_a_step_on_pairs_is_that_of_the_answers_alone(
+    family: str, dtype: torch.dtype, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each answer through transformers in float32 is the truth; in one forest, and behind a trunk."""
+    monkeypatch.setattr(planner, "MIN_SAVED", 8)
+    model = adapted(make(family, hidden_size=64, intermediate_size=96), method).to(dtype).cuda()
+    exact = copy.deepcopy(model).float()
+    rows = pairs_of([(5, 9), (1, 14), (7, 7), (12, 2), (3, 3)], prefix=40, seed=1)
+    start = stream.row_log_probs(exact, rows, 4096) + np.linspace(-2, 2, len(rows))
+    for each in (exact, model):
+        step.inner(each).set_attn_implementation("sdpa")
+    judge = Judge(0.3, 0.1)
+    truth, alone = slow(exact, rows, start, judge), slow(model, rows, start, judge)
+    attention.install(step.inner(model))
+    assert layers.fuse(step.inner(model)) is None
+    most = 1e-5 if dtype == torch.float32 else max(1e-4, 1.5 * (1 - cosine(truth[1], alone[1])))
+    for budget in (10_000, 120):
+        loss, gradients = fast(model, rows, start, judge, budget)
+        assert loss == pytest.approx(truth[0], rel=1e-5 if dtype == torch.float32 else 1e-2)
+        assert 1 - cosine(truth[1], gradients) < most, budget
+    assert any(work.trunk for _, work in planner.works(rows, 120, trunks=step.branches(model), each=2)) == (
+        dtype == torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_on_pairs_is_proven(precision: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
+    data = runs.write(tmp_path / "pairs.jsonl", runs.preferences(40))
+    options: dict[str, Any] = {"objective": "dpo", "precision": precision, "rank": 8, "learning_rate": 1e-2}
+    run = runs.train(tmp_path / "run", tiny, data, epochs=4, validation="0.2", **options)
+    steps, report = runs.events(run, "step"), json.loads(run.report.read_text())
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-4 if precision == "float32" else 0.05)
+    assert steps[-1]["loss"] < 0.3 and steps[-1]["preference"]["reward_accuracy"] == 1.0
+    assert report["tuned"]["loss"] < report["base"]["loss"]
+    assert report["proof"] is not None, runs.events(run, "warning")
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "full", "freeze:1"])
 def test_a_run_learns_is_proven_and_answers(method: str, tiny: Path, tmp_path: Path) -> None:
     """From the data to the proof; what is published computes on the CPU what it computes here."""
@@ -177,6 +221,47 @@ def test_resumed_is_uninterrupted(fused: bool, tiny: Path, tmp_path: Path, monke
     assert runs.events(run, "started")[-1]["resumed_from"] == 6
     left, right = runs.weights(whole), runs.weights(run)
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_resumed_pairs_are_uninterrupted(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start is looked at again, and seen the same."""
+    data = runs.write(tmp_path / "pairs.jsonl", runs.preferences(24))
+    options: dict[str, Any] = {"objective": "dpo", "epochs": 2, "rank": 8, "checkpoint_every": 2}
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
+    whole = runs.train(tmp_path / "whole", tiny, data, **options)
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "another"))
+    run = runs.lay_out(tmp_path / "again", tiny, data, **options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert carry_out(run) != 0
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "third"))
+    assert carry_out(run) == 0, runs.events(run)[-1]
+    assert runs.events(run, "started")[-1]["resumed_from"] == 6
+    assert runs.losses(whole) == runs.losses(run)
+    left, right = runs.weights(whole), runs.weights(run)
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_without_a_compiler_or_by_choice_torch_computes(tmp_path: Path) -> None:
+    absent = "from luthier.engine import kernels; print(kernels.absent('cuda'), kernels.whose())"
+    assert told(absent) == "own"
+    assert told(absent, LUTHIER_KERNELS="torch") == "LUTHIER_KERNELS is torch torch"
+    said = told(absent, CC="/bin/false", TRITON_CACHE_DIR=str(tmp_path))
+    assert said.startswith("Triton failed: ") and said.endswith(" torch")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_step_by_torchs_kernels_is_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(make(family, hidden_size=64), "full").cuda()
+    assert layers.fuse(step.inner(model)) is None
+    rows = rows_of([3, 9, 1, 14, 6], prefix=20, seed=1)
+    assert kernels.whose() == "own"
+    own = learnt(model, [rows])
+    monkeypatch.setattr(kernels, "able", lambda device="cpu": False)
+    by_torch = learnt(model, [rows])
+    assert own[0] == pytest.approx(by_torch[0], rel=1e-6)
+    assert cosine(own[1], by_torch[1]) > 0.999999
+    assert any(not torch.equal(own[1][name], by_torch[1][name]) for name in own[1]), "it was not ours that computed"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -259,7 +259,7 @@ text = native.SOURCE.read_text()
 assert "5.0000001201e-1f" in text
 native.SOURCE = Path({str(tmp_path / "native.cpp")!r})
 native.SOURCE.write_text(text.replace("5.0000001201e-1f", "5.005e-1f"))
-print(kernels.absent(), kernels.fits())
+print(kernels.absent(), kernels.able())
 """
     said = told(code, PATH=path)
     assert said.startswith("as compiled here they are off by ") and said.endswith("False")
@@ -279,6 +279,18 @@ native.SOURCE = source
 print(kernels.absent(), sorted(path.suffix for path in Path({str(tmp_path / "home" / "cache" / "native")!r}).iterdir()))
 """
     assert told(code, LUTHIER_HOME=str(tmp_path / "home")) == "['.so']"
+
+
+def test_a_gpu_that_triton_cannot_serve_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert kernels._absent_on_gpus() == "they are made for NVIDIA's GPUs from Ampere on"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "luthier.engine.gpu", raising=False)
+    kernels._gpu.cache_clear()
+    said = kernels._absent_on_gpus()
+    assert said.startswith("Triton, which torch for CUDA brings, is not here") and "triton" in said
+    kernels._gpu.cache_clear()
 
 
 @here

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from luthier.data.dataset import prepare
 from luthier.data.render import Renderer
-from luthier.engine import attention, forest, layers, models, planner, preference, references, setup, stream
+from luthier.engine import attention, forest, layers, models, planner, preference, references, setup, step, stream
 from luthier.engine.__main__ import carry_out
 from luthier.engine.forest import Row
 from luthier.engine.preference import Judge, Outcome
@@ -89,11 +89,11 @@ def slow(model: Any, rows: list[Row], reference: np.ndarray, judge: Judge) -> tu
     model.zero_grad(set_to_none=True)
     sums = []
     for ids, learnt in rows:
-        tokens = torch.tensor(ids.tolist())[None]
+        tokens = torch.tensor(ids.tolist(), device=model.device)[None]
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].double()
         each = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-        sums.append((each * torch.from_numpy(learnt[1:])).sum())
-    gained = torch.stack(sums) - torch.from_numpy(reference)
+        sums.append((each * torch.from_numpy(learnt[1:]).to(model.device)).sum())
+    gained = torch.stack(sums) - torch.from_numpy(reference).to(model.device)
     z = judge.beta * (gained[0::2] - gained[1::2])
     e = judge.smoothing
     loss = (-(1 - e) * torch.nn.functional.logsigmoid(z) - e * torch.nn.functional.logsigmoid(-z)).mean()
@@ -108,7 +108,7 @@ def gradients(model: Any) -> Gradients:
 def fast(model: Any, rows: list[Row], reference: np.ndarray, judge: Judge, budget: int) -> tuple[float, Gradients]:
     model.zero_grad(set_to_none=True)
     outcome = Outcome()
-    for _, work in planner.works(rows, budget, each=2):
+    for _, work in planner.works(rows, budget, trunks=step.branches(model), each=2):
         preference.forward_backward(model, work, reference, judge, len(rows) // 2, outcome)
     assert outcome.pairs == len(rows) // 2
     return outcome.loss / outcome.pairs, gradients(model)

@@ -1,7 +1,7 @@
-"""Kernels of our own for processors (native.cpp), as functions of tensors.
+"""Kernels of our own for processors (native.cpp) and GPUs (gpu.py), as functions of tensors.
 
 Where there are none, or where a first trial of them differs from float64, torch's kernels compute everything, and
-`absent` says why. What `fits` refuses is torch's to do.
+`absent` says why. What `fits` refuses is torch's to do. Attention on GPUs is torch's too (varlen.py).
 
 Shapes: T tokens, H heads, D a head's size. Does not know: autograd, forests, models.
 """
@@ -19,36 +19,63 @@ from torch import Tensor
 
 from luthier.engine import native
 from luthier.engine.tiles import KEYS, Tiles
+from luthier.settings import load_settings
 
 WIDTH = 16  # numbers: what the widest processors compute at once, so every row has to be a multiple of it
 TRIAL = 2e-5  # most that may lie between our attention and float64's, of numbers about 1
 
 
-def able() -> bool:
-    """Whether there are kernels of our own on this machine; makes them, if need be."""
-    return not absent()
+def able(device: str = "cpu") -> bool:
+    """Whether there are kernels of our own for the machine's processor, or for its GPU; makes them, if need be."""
+    return not absent(device)
 
 
 @functools.cache
-def absent() -> str:
+def absent(device: str = "cpu") -> str:
     """Why there are none; empty where there are."""
+    if device == "cuda":
+        return _absent_on_gpus()
     library, reason = _loaded()
     if library is not None and not (off := _tried()) < TRIAL:
         return f"as compiled here they are off by {off:.1e}"
     return reason
 
 
+def _absent_on_gpus() -> str:
+    if load_settings().kernels == "torch":
+        return "LUTHIER_KERNELS is torch"
+    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
+        return "they are made for NVIDIA's GPUs from Ampere on"
+    try:
+        faults = _gpu().FAULTS
+    except ImportError as error:
+        return f"Triton, which torch for CUDA brings, is not here ({error})"
+    try:
+        off = _tried_on_gpu()
+    except faults as error:
+        return f"Triton failed: {' '.join(str(error).split())[:300]}"
+    return "" if off < TRIAL else f"as compiled here they are off by {off:.1e}"
+
+
+@functools.cache
+def _gpu() -> Any:
+    from luthier.engine import gpu
+
+    return gpu
+
+
 def whose() -> str:
-    """Whose kernels compute here, "own" or "torch": on a GPU torch's, and no compiler is asked for."""
-    return "own" if not torch.cuda.is_available() and able() else "torch"
+    """Whose kernels compute here, "own" or "torch"."""
+    return "own" if able("cuda" if torch.cuda.is_available() else "cpu") else "torch"
 
 
 def choose(before: str | None, emit: Callable[..., None]) -> str:
     """Whose kernels a run computes with, which it is told where they are slower, or not those of `before` it was
     broken off."""
     now = whose()
-    if now == "torch" and not torch.cuda.is_available():
-        emit("phase", name="load", message=f"Torch's kernels do all of the work, which is slower: {absent()}")
+    if now == "torch":
+        reason = absent("cuda" if torch.cuda.is_available() else "cpu")
+        emit("phase", name="load", message=f"Torch's kernels do all of the work, which is slower: {reason}")
     if before not in (None, now):
         names = {"own": "our", "torch": "torch's"}
         message = f"The run began with {names.get(str(before), before)} kernels and goes on with {names[now]}"
@@ -69,15 +96,17 @@ def _library() -> Any:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether our kernels take these: on the CPU, float32 or bfloat16, rows in one piece and of whole vectors."""
-    fitting = all(
-        tensor.device.type == "cpu"
+    """Whether our kernels take these: all on one device, float32 or bfloat16, rows in one piece, and on the CPU of
+    whole vectors."""
+    device = tensors[0].device.type
+    fitting = device in ("cpu", "cuda") and all(
+        tensor.device.type == device
         and tensor.dtype in (torch.float32, torch.bfloat16)
-        and tensor.shape[-1] % WIDTH == 0
         and tensor.stride(-1) == 1
+        and (device == "cuda" or tensor.shape[-1] % WIDTH == 0)
         for tensor in tensors
     )
-    return fitting and able()  # in this order: a GPU's work asks for no compiler
+    return fitting and able(device)  # in this order: a GPU's work asks for no compiler
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, scale: float) -> tuple[Tensor, Tensor]:
@@ -112,6 +141,9 @@ def attention_backward(
 
 def norm(rows: Tensor, weight: Tensor, epsilon: float, inverse: Tensor, known: bool, out: Tensor) -> None:
     """RMSNorm of rows [T, ..., D] (of two or three dimensions); `inverse` is made, unless it is `known`."""
+    if rows.is_cuda:
+        _gpu().norm(rows, weight, epsilon, inverse, known, out)
+        return
     _library().norm(_shape(rows), _rows(rows), _at(weight), ctypes.c_float(epsilon), _at(inverse), known, _rows(out))
 
 
@@ -119,6 +151,9 @@ def norm_backward(
     grad: Tensor, rows: Tensor, weight: Tensor, inverse: Tensor, out: Tensor, plus: Tensor | None, own: Tensor | None
 ) -> None:
     """The gradient of rows, and `plus`, into `out`; that of the weight is added to `own`."""
+    if rows.is_cuda:
+        _gpu().norm_backward(grad, rows, weight, inverse, out, plus, own)
+        return
     shape = _shape(rows)
     shares = None if own is None else torch.empty(shape.threads, len(own))
     _library().norm_backward(
@@ -137,21 +172,33 @@ def norm_backward(
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Rotary embedding of heads [T, N, D]; cos and sin [T, 1, D/2]."""
+    if heads.is_cuda:
+        _gpu().rotate(heads, cos, sin, out)
+        return
     _library().rotate(_shape(heads), _rows(heads), _at(cos), _at(sin), _rows(out))
 
 
 def gated(gelu: bool, gate: Tensor, up: Tensor, out: Tensor) -> None:
     """act(gate) * up, [T, N]: SiLU, or GELU by its tanh."""
+    if gate.is_cuda:
+        _gpu().gated(gelu, gate, up, out)
+        return
     _library().gated(gelu, _shape(gate), *map(_rows, (gate, up, out)))
 
 
 def gated_backward(gelu: bool, grad: Tensor, gate: Tensor, up: Tensor, again: Tensor | None) -> None:
     """Gradients into the places of gate and up; act(gate) * up into `again`."""
+    if gate.is_cuda:
+        _gpu().gated_backward(gelu, grad, gate, up, again)
+        return
     _library().gated_backward(gelu, _shape(gate), *map(_rows, (grad, gate, up, again)))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Logits [N, V] (float32) into the gradient of their weighted loss, [N]; (losses [N], whether right [N])."""
+    """Logits [N, V] (float32; on a GPU bfloat16 too) into the gradient of their weighted loss, [N]; (losses [N],
+    whether right [N])."""
+    if logits.is_cuda:
+        return _gpu().cross_entropy(logits, targets, weights, smoothing)  # type: ignore[no-any-return]
     losses, right = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.bool)
     _library().cross_entropy(
         _shape(logits),
@@ -214,6 +261,15 @@ def _tried() -> float:
         exact = torch.nn.functional.scaled_dot_product_attention(first, second, third, is_causal=True, enable_gqa=True)
         wanted = (exact.detach(), *torch.autograd.grad(exact, wide, grad.double()))
     return max(float((one - other).abs().max()) for one, other in zip(found, wanted, strict=True))
+
+
+def _tried_on_gpu() -> float:
+    """How far a small norm is off float64's."""
+    rows = torch.randn(70, 100, generator=torch.Generator().manual_seed(0)).cuda()
+    out, inverse, ones = torch.empty_like(rows), torch.empty(70, 1, device="cuda"), torch.ones(100, device="cuda")
+    _gpu().norm(rows, ones, 0.0, inverse, False, out)
+    exact = rows.double() / rows.double().square().mean(-1, keepdim=True).sqrt()
+    return float((out - exact).abs().max())
 
 
 class _Heads(ctypes.Structure):

@@ -124,6 +124,10 @@ class Layer:
         heads = joined.view(len(joined), -1, self.head_size)
         return heads[:, : self.queries], heads[:, self.queries : -self.keys], heads[:, -self.keys :]
 
+    def turned(self, joined: Tensor) -> Tensor:
+        """Queries and keys at once."""
+        return joined.view(len(joined), -1, self.head_size)[:, : -self.keys]
+
 
 class Decoder:
     """All layers of a model. Raises ValueError, before any weight is moved, for one that cannot be computed here."""
@@ -203,7 +207,7 @@ class _Inward(torch.autograd.Function):
             normal = [torch.empty_like(heads) for heads in plain[:2]]
             kept = [norm.forward(*pair) for norm, *pair in zip(layer.head_norms, plain[:2], normal, strict=True)]
             query, key = normal
-        for heads in (query, key):
+        for heads in (query, key) if layer.head_norms else (layer.turned(joined),):
             pointwise.rotate(heads, cos, sin, heads)
         ctx.save_for_backward(states)
         ctx.layer, ctx.turn = layer, (cos, sin)

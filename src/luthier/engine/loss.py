@@ -4,7 +4,7 @@ The normaliser is an argument everywhere: the sum of weights over the whole opti
 ranks, so that accumulation equals one big batch. The head runs at target positions only, a slice at a time, and each
 slice's gradient is taken at once, so logits never exist for more than one slice. Where logits are a plain product the
 gradient is made in their place, softmax less target: one exponential for each, and no memory that the next slice does
-not use again; on processors by a kernel of our own where there is one (kernels.py).
+not use again; by a kernel of our own where there is one (kernels.py).
 
 Shapes: N targets, V vocabulary, H hidden size. Does not know: forests, optimizers.
 """
@@ -103,7 +103,7 @@ def score(
     for part in slices(targets, vocabulary):
         logits, wanted = head(hidden[part]), targets[part]
         if kernels.fits(logits):
-            losses[part], _ = kernels.cross_entropy(logits, wanted, torch.ones(len(wanted)), 0.0)
+            losses[part], _ = kernels.cross_entropy(logits, wanted, torch.ones_like(wanted, dtype=logits.dtype), 0.0)
         else:
             losses[part] = _each(logits, wanted)
     return losses, None
@@ -145,7 +145,7 @@ def _in_place(
     room = hidden.new_empty(max((part.stop - part.start for part in parts), default=0), len(matrix))
     for part in parts:
         product = torch.mm(hidden[part], matrix.t(), out=room[: part.stop - part.start])
-        logits = product.float()
+        logits = product if product.is_cuda and kernels.fits(product) else product.float()
         if kernels.fits(logits):
             losses[part], right[part] = kernels.cross_entropy(logits, targets[part], weights[part], smoothing)
         else:

@@ -2,8 +2,8 @@
 
 Pure functions of tensors, computed in float32 and rounded once. These passes are bound by memory, not by arithmetic:
 kernels of our own go over it once (kernels.py); where there are none, torch's go over slices of rows small enough to
-stay in a core's cache. Rows are tokens; the last dimension is normalised or rotated. GPUs take all rows at once, and
-torch has norms of one kernel for them.
+stay in a core's cache, or on a GPU over all rows at once, for which torch has norms of one kernel. Rows are tokens; the
+last dimension is normalised or rotated.
 Does not know: weights that learn, attention, forests.
 """
 
@@ -39,14 +39,14 @@ def norm(rows: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
 
     Returns the inverse root mean squares [T, ..., 1] float32, which `norm_backward` needs. `out` may be `rows`.
     """
-    if rows.is_cuda:
-        made, inverse = _norm(rows.float(), rows.shape[-1:], weight, epsilon)
-        out.copy_(made)
-        return inverse  # type: ignore[no-any-return]
     inverse = torch.empty((*rows.shape[:-1], 1), dtype=torch.float32, device=rows.device)
     if kernels.fits(rows, out):
         kernels.norm(rows, weight, epsilon, inverse, False, out)
         return inverse
+    if rows.is_cuda:
+        made, inverse = _norm(rows.float(), rows.shape[-1:], weight, epsilon)
+        out.copy_(made)
+        return inverse  # type: ignore[no-any-return]
     for part in slices(rows):
         values = rows[part].float()
         torch.linalg.vector_norm(values, dim=-1, keepdim=True, out=inverse[part])
@@ -79,15 +79,15 @@ def norm_backward(
 
     `weight_grad` [H] float32, if given, is added to.
     """
+    if kernels.fits(grad, rows, out, *(() if plus is None else (plus,))):
+        kernels.norm_backward(grad, rows, weight, inverse, out, plus, weight_grad)
+        return
     if rows.is_cuda:
         wanted = [True, weight_grad is not None]
         into, own = _norm_backward(grad.float(), rows.float(), rows.shape[-1:], inverse, weight, wanted)
         if weight_grad is not None:
             weight_grad += own
         out.copy_(into if plus is None else into.add_(plus))
-        return
-    if kernels.fits(grad, rows, out, *(() if plus is None else (plus,))):
-        kernels.norm_backward(grad, rows, weight, inverse, out, plus, weight_grad)
         return
     for part in slices(rows):
         values = rows[part].float()
