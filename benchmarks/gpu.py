@@ -1,11 +1,11 @@
 """One optimizer step on one GPU: the engine beside a flat loop tuned by hand, and TRL where it is installed.
 
-    python -m benchmarks.gpu [--shape 1b] [--case "S1 S2 C1"] [--rounds 5] [--out FILE]
+    python -m benchmarks.gpu [--shape 1b] [--case "S1 S2 C1 P1"] [--rounds 5] [--out FILE]
 
 Weights are random in the shape of a known model: what a step takes does not depend on their values, so no download is
-needed. Rows are those of the cases of benchmarks/training, of random ids. The gate comes first: the loss of a step
-within 1e-3 of the flat loop's in float32, and the adapter's gradient at a cosine of 0.99 or more (bfloat16 against
-float32); who fails it has no times. Rounds are interleaved; a figure is the median of them.
+needed. Rows are those of the cases of benchmarks/training, of random ids; P1 is a step of DPO. The gate comes
+first: the loss of a step within 1e-3 of the flat loop's in float32, and the adapter's gradient at a cosine of 0.99 or
+more (bfloat16 against float32); who fails it has no times. Rounds are interleaved; a figure is the median of them.
 Does not know: cold starts, data, time to a target: those are the CPU benchmark's.
 """
 
@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from benchmarks.training.workloads import CASES, MAKERS
-from luthier.engine import attention, layers, machine, planner, step, stream
+from luthier.engine import attention, layers, machine, planner, preference, step, stream
 from luthier.engine.forest import Row
 from luthier.engine.optimizer import Masters
+from luthier.engine.preference import Judge, Outcome
 
 SHAPES: dict[str, dict[str, Any]] = {
     "135m": {
@@ -44,7 +45,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DEVICE = "cuda"
+STEPS = 1000  # that TRL believes to be asked for
 ROWS = {"S1": 16, "S2": 16, "S3": 64, "C1": 8}  # of a step
+PAIRS, PROMPT, ANSWER, BETA = (
+    16,
+    512,
+    (128, 256),
+    0.1,
+)  # of P1: pairs, tokens of a prompt and (least, most) of an answer
 LOSS, COSINE = 1e-3, 0.99
 Step = Callable[[], float]  # forward, backward and update; the loss
 
@@ -58,6 +66,18 @@ def rows_of(case: str) -> list[Row]:
 
     made = MAKERS[CASES[case].shape](pick, 0, ROWS[case])
     return [(np.array(ids, np.int32), np.array(mask, np.float32)) for ids, mask in made]
+
+
+def pairs() -> list[Row]:
+    """P1: prompts that share nothing, the preferred answer of each before the other one."""
+    chance, made = np.random.default_rng(1), []
+    for _ in range(PAIRS):
+        prompt = chance.integers(10, 40_000, PROMPT)
+        for _ in range(2):
+            answer = chance.integers(10, 40_000, chance.integers(*ANSWER))
+            learnt = np.r_[np.zeros(PROMPT), np.ones(len(answer))].astype(np.float32)
+            made.append((np.r_[prompt, answer].astype(np.int32), learnt))
+    return made
 
 
 def make(shape: str) -> Any:
@@ -132,26 +152,37 @@ def flat(model: Any, rows: list[Row], micro: int) -> Step:
 def trl(model: Any, rows: list[Row], micro: int) -> Step:
     """SFTTrainer's own step: bfloat16, no checkpointing, SDPA, rows sorted by length; `micro` is rows."""
     from datasets import Dataset  # type: ignore[import-not-found]
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 
     ordered = sorted(rows, key=lambda row: len(row[0]))
     labels = [np.where(weights > 0, ids, -100).tolist() for ids, weights in ordered]
     data = Dataset.from_dict({"input_ids": [ids.tolist() for ids, _ in ordered], "labels": labels})
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")), pad_token="a", eos_token="a"
-    )
-    steps = 1000
-    config = SFTConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=micro, bf16=False,
-        gradient_accumulation_steps=len(rows) // micro, learning_rate=0.0, lr_scheduler_type="constant",
-        weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True, gradient_checkpointing=False, max_length=None, train_sampling_strategy="sequential",
-    )  # fmt: skip
-    trainer: Any = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
-    trainer.create_optimizer_and_scheduler(steps)
+    config = SFTConfig(**_asked(micro, len(rows)))
+    return _trainers(SFTTrainer(model=model, args=config, train_dataset=data, processing_class=_no_tokenizer()), model)
+
+
+def _no_tokenizer() -> Any:
+    """One that knows how to pad."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")), pad_token="a", eos_token="a")
+
+
+def _asked(micro: int, rows: int) -> dict[str, Any]:
+    """What both of TRL's trainers are asked; `rows` of a step."""
+    return {
+        "output_dir": tempfile.mkdtemp(), "max_steps": STEPS, "per_device_train_batch_size": micro, "bf16": False,
+        "gradient_accumulation_steps": rows // micro, "learning_rate": 0.0, "lr_scheduler_type": "constant",
+        "weight_decay": 0.0, "max_grad_norm": 1.0, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "gradient_checkpointing": False, "max_length": None,
+        "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+
+
+def _trainers(trainer: Any, model: Any) -> Step:
+    trainer.create_optimizer_and_scheduler(STEPS)
     trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
     batches = list(trainer.get_train_dataloader())
     items = trainer._get_num_items_in_batch(batches, torch.device(DEVICE))
@@ -167,7 +198,77 @@ def trl(model: Any, rows: list[Row], micro: int) -> Step:
     return take
 
 
-SYSTEMS: dict[str, Callable[[Any, list[Row], int], Step]] = {"luthier": ours, "flat": flat, "trl": trl}
+def our_pairs(model: Any, rows: list[Row], micro: int) -> Step:
+    """As the engine's loop takes a step of DPO; what the start finds of the answers is known."""
+    masters = Masters(learning(model), 0.0)
+    start = stream.row_log_probs(model, rows, micro, each=2)
+
+    def take() -> float:
+        outcome = Outcome()
+        for _, work in planner.works(rows, micro, trunks=step.branches(model), each=2):
+            preference.forward_backward(model, work, start, Judge(BETA), PAIRS, outcome, collect=masters.collect)
+        masters.step(0.0, 1.0)
+        return outcome.loss / PAIRS
+
+    return take
+
+
+def flat_pairs(model: Any, rows: list[Row], micro: int) -> Step:
+    """`flat` for pairs, `micro` of them at once."""
+    masters = Masters(learning(model), 0.0)
+    base = model.get_base_model()
+
+    def log_probs(part: list[Row]) -> torch.Tensor:
+        longest = max(len(ids) for ids, _ in part)
+        ids = torch.tensor([[*row.tolist(), *[0] * (longest - len(row))] for row, _ in part], device=DEVICE)
+        on = torch.tensor([[*w.tolist(), *[0.0] * (longest - len(w))] for _, w in part], device=DEVICE)[:, 1:] > 0
+        hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        losses = torch.nn.functional.cross_entropy(base.lm_head(hidden[on]).float(), ids[:, 1:][on], reduction="none")
+        return -torch.zeros(on.shape, device=DEVICE).masked_scatter(on, losses).sum(dim=1)
+
+    parts = [rows[at : at + 2 * micro] for at in range(0, len(rows), 2 * micro)]
+    with torch.no_grad():
+        start = [log_probs(part) for part in parts]
+
+    def take() -> float:
+        total = []
+        for part, reference in zip(parts, start, strict=True):
+            gained = log_probs(part) - reference
+            loss = -torch.nn.functional.logsigmoid(BETA * (gained[0::2] - gained[1::2])).sum() / PAIRS
+            loss.backward()
+            total.append(loss.detach())
+            masters.collect()
+        masters.step(0.0, 1.0)
+        return float(sum(total))
+
+    return take
+
+
+def trl_pairs(model: Any, rows: list[Row], micro: int) -> Step:
+    """DPOTrainer's own step, log-probabilities of the start computed beforehand; `micro` is pairs."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class Tokenized(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:
+            return dataset
+
+    data = Dataset.from_dict(
+        {
+            "prompt_ids": [ids[:PROMPT].tolist() for ids, _ in rows[0::2]],
+            "chosen_ids": [ids[PROMPT:].tolist() for ids, _ in rows[0::2]],
+            "rejected_ids": [ids[PROMPT:].tolist() for ids, _ in rows[1::2]],
+        }
+    )
+    config = DPOConfig(beta=BETA, precompute_ref_log_probs=True, **_asked(micro, PAIRS))
+    trainer = Tokenized(model=model, args=config, train_dataset=data, processing_class=_no_tokenizer())
+    model.delete_adapter("ref")  # the start, which has been asked all it will be
+    return _trainers(trainer, model)
+
+
+Way = Callable[[Any, list[Row], int], Step]
+SYSTEMS: dict[str, Way] = {"luthier": ours, "flat": flat, "trl": trl}
+SYSTEMS_OF_PAIRS: dict[str, Way] = {"luthier": our_pairs, "flat": flat_pairs, "trl": trl_pairs}
 MICRO = {"luthier": (4096, 8192, 16_384, 32_768), "flat": (4, 8, 16), "trl": (4, 8, 16)}
 
 
@@ -201,16 +302,16 @@ def gradients(take: Step) -> tuple[float, torch.Tensor]:
         return take(), seen[0]
 
 
-def reference(shape: str, rows: list[Row]) -> tuple[float, torch.Tensor]:
+def reference(shape: str, rows: list[Row], way: Way) -> tuple[float, torch.Tensor]:
     model = make(shape).float()
-    return gradients(flat(model, rows, 1))
+    return gradients(way(model, rows, 1))
 
 
 def compare(shape: str, case: str, names: list[str], rounds: int) -> dict[str, Any]:
-    rows = rows_of(case)
+    rows, systems = (pairs(), SYSTEMS_OF_PAIRS) if case == "P1" else (rows_of(case), SYSTEMS)
     tokens = sum(len(ids) for ids, _ in rows)
     found: dict[str, Any] = {"shape": shape, "case": case, "tokens": tokens, "systems": {}}
-    truth = reference(shape, rows)
+    truth = reference(shape, rows, systems["flat"])
     able: dict[str, Any] = {}
     for name in names:
         model = prepared(name, shape)
@@ -219,13 +320,13 @@ def compare(shape: str, case: str, names: list[str], rounds: int) -> dict[str, A
             if name != "luthier" and micro > len(rows):
                 continue
             try:
-                take = SYSTEMS[name](model, rows, micro)
+                take = systems[name](model, rows, micro)
                 take()
                 tried[micro] = min(seconds(take) for _ in range(2))
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
         best = min(tried, key=lambda micro: tried[micro])
-        take = SYSTEMS[name](model, rows, best)
+        take = systems[name](model, rows, best)
         told: dict[str, Any] = {"micro": best, "tried": tried}
         loss, grads = gradients(take)
         told["loss_apart"] = abs(loss - truth[0]) / truth[0]
@@ -256,7 +357,7 @@ def compare(shape: str, case: str, names: list[str], rounds: int) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", default="1b", choices=list(SHAPES))
-    parser.add_argument("--case", default="S1 S2 S3 C1")
+    parser.add_argument("--case", default="S1 S2 S3 C1 P1")
     parser.add_argument("--systems", default="luthier flat")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
