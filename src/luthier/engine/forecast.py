@@ -17,6 +17,7 @@ import torch
 
 from luthier.data.dataset import Rows
 from luthier.engine import closing, machine, references, stream
+from luthier.engine.optimizer import adamw
 from luthier.engine.pace import Known, Point, Price, Size, prices, steady
 from luthier.engine.planner import Work
 from luthier.engine.setup import Ready, examples_of, works_of
@@ -205,9 +206,9 @@ def _update_seconds(ready: Ready) -> float:
     learning = sum(value.numel() for value in values)
     part = torch.zeros(min(learning, 4_000_000), device=values[0].device, requires_grad=True)
     part.grad = torch.ones_like(part)
-    optimizer = torch.optim.AdamW([part], lr=0.0, foreach=True)
-    optimizer.step()  # makes its state
-    return _timed(lambda: (torch.nn.utils.clip_grad_norm_([part], 1.0), optimizer.step())) * learning / part.numel()
+    update = adamw([part])
+    update.step()  # makes its state
+    return _timed(lambda: (torch.nn.utils.clip_grad_norm_([part], 1.0), update.step())) * learning / part.numel()
 
 
 def _forward_seconds(ready: Ready, rows: Rows, known: Known, forward: Price) -> float:

@@ -7,7 +7,7 @@ With float32 weights the masters are the weights. Does not know: losses, schedul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,15 @@ from torch.nn import Parameter
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
+
+
+def adamw(values: Iterable[Tensor], weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """Over all values at once: on a GPU in one kernel, which saves the launches of a dozen."""
+    values = list(values)
+    on_gpu = any(value.is_cuda for value in values)
+    return torch.optim.AdamW(
+        values, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, foreach=not on_gpu, fused=on_gpu
+    )
 
 
 class Masters:
@@ -31,9 +40,7 @@ class Masters:
             name: parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
             for name, parameter in self.parameters.items()
         }
-        self.optimizer = torch.optim.AdamW(
-            self.values.values(), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, foreach=True
-        )
+        self.optimizer = adamw(self.values.values(), weight_decay)
         if steady:
             for value in self.values.values():
                 value.grad = torch.zeros_like(value)
@@ -109,7 +116,7 @@ class Masters:
             value.copy_(tensors[f"master.{name}"])
             if f"first.{name}" in tensors:
                 self.optimizer.state[value] = {
-                    "step": torch.tensor(float(step)),
+                    "step": torch.tensor(float(step), device=value.device),
                     "exp_avg": tensors[f"first.{name}"].to(value.device, copy=True),
                     "exp_avg_sq": tensors[f"second.{name}"].to(value.device, copy=True),
                 }
