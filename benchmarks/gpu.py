@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -263,7 +264,9 @@ def trl_pairs(model: Any, rows: list[Row], micro: int) -> Step:
         }
     )
     config = DPOConfig(beta=BETA, precompute_ref_log_probs=True, **_asked(micro, PAIRS))
-    with mock.patch.object(dpo_trainer, "hash_module", return_value="start"):  # of all weights, for a cache: no step
+    alike = partial(model.add_adapter, autocast_adapter_dtype=False)  # the start in the precision of what is tuned
+    hashed = mock.patch.object(dpo_trainer, "hash_module", return_value="start")  # of all weights, for a cache: no step
+    with hashed, mock.patch.object(model, "add_adapter", alike):
         trainer = Tokenized(model=model, args=config, train_dataset=data, processing_class=_no_tokenizer())
     model.delete_adapter("ref")  # the start, which has been asked all it will be
     return _trainers(trainer, model)
