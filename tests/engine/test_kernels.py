@@ -248,17 +248,27 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     assert told(ABSENT, PATH=path) == f"{tmp_path}/bin/g++ failed: no such flag"
 
 
+def copied(folder: Path, name: str, old: str, new: str) -> str:
+    """Lines of Python after which the sources are these copies, one of them changed."""
+    return f"""
+from pathlib import Path
+from luthier.engine import kernels, native
+folder = Path({str(folder)!r})
+folder.mkdir()
+for path in native.SOURCES:
+    text = path.read_text()
+    assert path.name != {name!r} or {old!r} in text
+    (folder / path.name).write_text(text.replace({old!r}, {new!r}) if path.name == {name!r} else text)
+native.SOURCES = tuple(folder / path.name for path in native.SOURCES)
+"""
+
+
 @here
 def test_a_compiler_that_computes_wrongly_is_found_out(tmp_path: Path) -> None:
     """The exponential's first coefficient is off by a thousandth."""
     path = compiler(tmp_path / "bin", 'exec /usr/bin/env -i PATH=/usr/bin:/bin g++ "$@"')
     code = f"""
-from pathlib import Path
-from luthier.engine import kernels, native
-text = native.SOURCE.read_text()
-assert "5.0000001201e-1f" in text
-native.SOURCE = Path({str(tmp_path / "native.cpp")!r})
-native.SOURCE.write_text(text.replace("5.0000001201e-1f", "5.005e-1f"))
+{copied(tmp_path / "package", "vectors.h", "5.0000001201e-1f", "5.005e-1f")}
 print(kernels.absent(), kernels.able())
 """
     said = told(code, PATH=path)
@@ -269,13 +279,8 @@ print(kernels.absent(), kernels.able())
 def test_kept_in_the_cache_where_the_package_is_read_only(tmp_path: Path) -> None:
     """What cannot be a folder stands for what cannot be written, also where everything can (root)."""
     code = f"""
-from pathlib import Path
-from luthier.engine import kernels, native
-source = Path({str(tmp_path / "package" / "native.cpp")!r})
-source.parent.mkdir()
-source.write_bytes(native.SOURCE.read_bytes() + b"// another\\n")
-(source.parent / "__pycache__").write_text("no folder")
-native.SOURCE = source
+{copied(tmp_path / "package", "native.cpp", "// Does not know", "// Another. Does not know")}
+(native.SOURCES[0].parent / "__pycache__").write_text("no folder")
 print(kernels.absent(), sorted(path.suffix for path in Path({str(tmp_path / "home" / "cache" / "native")!r}).iterdir()))
 """
     assert told(code, LUTHIER_HOME=str(tmp_path / "home")) == "['.so']"

@@ -43,7 +43,7 @@ def train(job: jobs.Job) -> jobs.Record:
         "warmup": 0.0,
         "seed": 0,
         "checkpoint_every": 1_000_000,
-        "precision": job.precision,
+        "precision": "auto",
     }
     request = make_request(options)
     run = RunFolder(Path(job.out) / "run").create(request.model_dump(exclude_unset=True))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from luthier.engine import blocks as planning
-from luthier.engine import kernels, varlen
+from luthier.engine import kernels, products, varlen
 from luthier.engine.blocks import Block
 from luthier.engine.forest import Forest
 from luthier.engine.tiles import Tiles
@@ -63,6 +63,7 @@ class Plan:
     device: torch.device
     trunk: Trunk | None = None  # which the forest's rows continue
     becomes: Trunk | None = None  # which the forest is: what its layers compute is kept, what comes back is added
+    halved: bool = False  # products of float16 numbers, where our kernel has them
     positions: Tensor = field(init=False)
     calls: int = 0
     _tiles: dict[int | None, Tiles] = field(default_factory=dict)
@@ -209,7 +210,7 @@ class Saved(NamedTuple):
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float, layer: int = 0
 ) -> tuple[Tensor, Saved]:
     """Attention of one layer within `plan`'s forest, outside autograd: (output [1, H, T, D], what `backward` takes).
 
@@ -221,7 +222,8 @@ def forward(
         output = output.transpose(0, 1)[None]
         return output, Saved(query, key, value, output, lse[None], plan, window, scale)
     if _by_tiles(query, key, value):
-        output, lse = kernels.attention(query.float(), key.float(), value.float(), plan.tiles(window), scale)
+        halved = plan.halved and layer >= products.EXACT
+        output, lse = kernels.attention(query.float(), key.float(), value.float(), plan.tiles(window), scale, halved)
         output = output.to(query.dtype)
         return output, Saved(query, key, value, output, lse, plan, window, scale)
     planned = plan.blocks(window)
@@ -272,6 +274,7 @@ def backward(grad_output: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]
             lse,
             plan.tiles(window),
             scale,
+            plan.halved,
         )
         first, second, third = (grad.to(query.dtype) for grad in found)
         return first, second, third
@@ -358,7 +361,7 @@ class _ForestAttention(torch.autograd.Function):
     ) -> Tensor:
         if plan.becomes is not None:
             plan.becomes.kept.append((key.detach(), value.detach()))
-        output, saved = forward(query, *_continued(plan, layer, key, value), plan, window, scale)
+        output, saved = forward(query, *_continued(plan, layer, key, value), plan, window, scale, layer)
         ctx.save_for_backward(query, key, value, output, saved.lse)
         ctx.rest, ctx.layer = saved[5:], layer
         return output

@@ -22,6 +22,7 @@ from luthier.engine.tiles import KEYS, Tiles
 from luthier.settings import load_settings
 
 WIDTH = 16  # numbers: what the widest processors compute at once, so every row has to be a multiple of it
+TRIAL_HALVES = 2e-3  # most that a product of halves may be off, as a share: of bfloat16 it is 2.3e-3
 TRIAL = 2e-5  # most that may lie between our attention and float64's, of numbers about 1
 
 
@@ -109,31 +110,75 @@ def fits(*tensors: Tensor) -> bool:
     return fitting and able(device)  # in this order: a GPU's work asks for no compiler
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, scale: float) -> tuple[Tensor, Tensor]:
+@functools.cache
+def halves_absent() -> str:
+    """Why there are no products of halves here; empty where there are."""
+    if not able():
+        return absent()
+    if not hasattr(_library(), "product_of_halves"):
+        return "the processor has no AVX512-FP16, or the compiler is older than it"
+    return "" if (off := _tried_halves()) < TRIAL_HALVES else f"as compiled here they are off by {off:.1e}"
+
+
+def halves_fit(a: Tensor, b: Tensor, plus: Tensor | None) -> bool:
+    """Whether `product_of_halves` takes these: on the CPU, float32, each in lines."""
+    tensors = [a, b] if plus is None else [a, b, plus]
+    fitting = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    return (
+        fitting
+        and 1 in a.stride()
+        and 1 in b.stride()
+        and (plus is None or plus.stride(-1) == 1)
+        and not halves_absent()
+    )
+
+
+def product_of_halves(a: Tensor, b: Tensor, plus: Tensor | None, out: Tensor) -> None:
+    """a [M, K] b [K, N], and `plus` ([M, N], or [N] for all rows), into `out` [M, N], whose rows are contiguous."""
+    plus_row = plus.stride(0) if plus is not None and plus.dim() == 2 else 0
+    sizes = (ctypes.c_int64(size) for size in (a.shape[0], b.shape[1], a.shape[1]))
+    _library().product_of_halves(
+        *sizes, *map(_matrix, (a, b)), None if plus is None else _at(plus), ctypes.c_int64(plus_row),
+        _at(out), ctypes.c_int64(out.stride(0)), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, scale: float, halved: bool = False
+) -> tuple[Tensor, Tensor]:
     """(output [1, H, T, D], which lies in memory tokens first, log-sum-exp of the scores [1, H, T]); float32 inputs
-    that `fits` has passed, keys and values with those of the trunk in front."""
-    plan = _plan(query, key, tiles, scale)
+    that `fits` has passed, keys and values with those of the trunk in front. `halved`: of float16 numbers, where they
+    can be."""
+    plan = _plan(query, key, tiles, scale, halved)
     output = tokens_first(query)
     lse = torch.empty(query.shape[:-1])
-    panels = torch.empty(key.shape[1] * len(tiles.keys) * KEYS * query.shape[-1])
-    _library().attention(ctypes.byref(plan), *map(_heads, (query, key, value, output)), _at(lse), _at(panels))
+    room = _room(plan)
+    _library().attention(ctypes.byref(plan), *map(_heads, (query, key, value, output)), _at(lse), _at(room))
     return output, lse
 
 
 def attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, tiles: Tiles, scale: float
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    tiles: Tiles,
+    scale: float,
+    halved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value from that of the output, shaped as they are, in memory tokens first."""
-    plan = _plan(query, key, tiles, scale)
+    plan = _plan(query, key, tiles, scale, halved)
     into = tokens_first(query), tokens_first(key), tokens_first(value)
-    panels = torch.empty(2 * key.shape[1] * len(tiles.keys) * KEYS * query.shape[-1])
+    room = _room(plan)
     sums = torch.empty(plan.threads * 2 * key.numel())
     _library().attention_backward(
         ctypes.byref(plan),
         *map(_heads, (query, key, value, output, grad)),
         _at(lse),
         *map(_heads, into),
-        _at(panels),
+        _at(room),
         _at(sums),
     )
     return into
@@ -218,13 +263,20 @@ def tokens_first(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(tokens, heads, size, dtype=dtype).transpose(0, 1)[None]
 
 
-def _plan(query: Tensor, key: Tensor, tiles: Tiles, scale: float) -> _Plan:
+def _room(plan: _Plan) -> Tensor:
+    """Memory for keys and values as products take them."""
+    tiles = plan.key_heads * plan.key_tiles
+    return torch.empty(2 * (tiles * (KEYS * plan.width + 1) + WIDTH))
+
+
+def _plan(query: Tensor, key: Tensor, tiles: Tiles, scale: float, halved: bool) -> _Plan:
     return _Plan(
         *(array.ctypes.data for array in (tiles.queries, tiles.keys, tiles.visits)),
         *(len(tiles.queries), len(tiles.keys), query.shape[2], key.shape[2], query.shape[1], key.shape[1]),
         *(query.shape[3], tiles.window or 0),
         scale,
         torch.get_num_threads(),
+        halved and query.shape[3] % (2 * WIDTH) == 0 and not halves_absent(),
     )
 
 
@@ -234,6 +286,10 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
 
 def _heads(tensor: Tensor) -> _Heads:
     return _Heads(tensor.data_ptr(), tensor.stride(2), tensor.stride(1))
+
+
+def _matrix(tensor: Tensor) -> _Matrix:
+    return _Matrix(tensor.data_ptr(), *tensor.stride())
 
 
 def _rows(tensor: Tensor | None) -> _Rows:
@@ -272,8 +328,22 @@ def _tried_on_gpu() -> float:
     return float((out - exact).abs().max())
 
 
+def _tried_halves() -> float:
+    """How far a small product is off float64's, as a share of its norm."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*shape, generator=generator) for shape in ((70, 200), (200, 130)))
+    out = torch.empty(70, 130)
+    product_of_halves(a, b, None, out)
+    exact = a.double() @ b.double()
+    return float((out - exact).norm() / exact.norm())
+
+
 class _Heads(ctypes.Structure):
     _fields_ = [("at", ctypes.c_void_p), ("token", ctypes.c_int64), ("head", ctypes.c_int64)]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("row", ctypes.c_int64), ("column", ctypes.c_int64)]
 
 
 class _Rows(ctypes.Structure):
@@ -293,4 +363,5 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
+        ("halves", ctypes.c_int32),
     ]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from luthier.engine import pointwise
+from luthier.engine import pointwise, products
 from luthier.engine.projection import Projection, taken_apart
 
 # Models whose layers are the ones computed here, whatever their sizes: transformers' class of the decoder.
@@ -42,7 +42,7 @@ def fuse(base: Any) -> str | None:
     if type(decoder).__name__ not in KNOWN or not type(decoder).__module__.startswith("transformers.models."):
         return f"{type(decoder).__name__} is not one of {', '.join(KNOWN)}"
     try:
-        _fused[base] = Decoder(decoder)
+        _fused[base] = Decoder(decoder, base)
     except ValueError as error:
         return str(error)
     return None
@@ -91,15 +91,15 @@ class Norm:
 class Layer:
     """One decoder layer's weights, as the two functions use them."""
 
-    def __init__(self, module: Any, activation: str) -> None:
+    def __init__(self, module: Any, activation: str, *multiply: products.Product) -> None:
         attention, mlp = module.self_attn, module.mlp
         self.attention = attention
         self.gate = pointwise.GATES[activation]
         self.head_size: int = attention.head_dim
-        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.o = Projection([attention.o_proj])
-        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj])
-        self.down = Projection([mlp.down_proj])
+        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], *multiply)
+        self.o = Projection([attention.o_proj], *multiply)
+        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], *multiply)
+        self.down = Projection([mlp.down_proj], *multiply)
         self.queries = self.qkv.parts[0].rows.stop // self.head_size
         self.keys = self.qkv.parts[1].rows.stop // self.head_size - self.queries
         self.before = Norm(module.input_layernorm)
@@ -132,7 +132,7 @@ class Layer:
 class Decoder:
     """All layers of a model. Raises ValueError, before any weight is moved, for one that cannot be computed here."""
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, base: nn.Module) -> None:
         config = decoder.config
         activation = getattr(config, "hidden_activation", None) or config.hidden_act
         if activation not in pointwise.GATES:
@@ -146,7 +146,10 @@ class Decoder:
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
         self.decoder = decoder
-        self.layers = [Layer(module, activation) for module in decoder.layers]
+        self.layers = [
+            Layer(module, activation, products.of(base, number), products.of(base))
+            for number, module in enumerate(decoder.layers)
+        ]
 
     def __call__(self, ids: Tensor, positions: Tensor, sources: Tensor, attend: Attend) -> Tensor:
         """Last hidden states, normalised, at `sources` [N, H]; ids and positions [T].

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.engine import kernels
+from luthier.engine import kernels, products
 
 # Logits in one slice: 128 MiB in float32; on a GPU 512. With fewer rows a product reads the vocabulary's matrix too
 # often: with 262,144 tokens, 64 rows at a time took a quarter longer than 128 do (docs/experiments.md).
@@ -50,6 +50,7 @@ class Head:
         self.cap = getattr(config, "final_logit_softcapping", None)
         divide, times = (getattr(config, name, None) or 1.0 for name in ("logits_scaling", "logit_scale"))
         self.scale = times / divide
+        self.multiply = products.of(model)
         plain = type(self.embeddings) is nn.Linear and self.embeddings.bias is None
         self.matrix: Tensor | None = self.embeddings.weight if plain and not self.cap and self.scale == 1.0 else None
 
@@ -144,7 +145,7 @@ def _in_place(
     parts = list(slices(targets, vocabulary))
     room = hidden.new_empty(max((part.stop - part.start for part in parts), default=0), len(matrix))
     for part in parts:
-        product = torch.mm(hidden[part], matrix.t(), out=room[: part.stop - part.start])
+        product = head.multiply(hidden[part], matrix.t(), out=room[: part.stop - part.start])
         logits = product if product.is_cuda and kernels.fits(product) else product.float()
         if kernels.fits(logits):
             losses[part], right[part] = kernels.cross_entropy(logits, targets[part], weights[part], smoothing)
@@ -152,11 +153,11 @@ def _in_place(
             losses[part] = _into_gradient(logits, targets[part, None], weights[part, None], smoothing, right[part])
         if logits is not product:
             product.copy_(logits)
-        torch.mm(product, matrix, out=gradient[part])
+        head.multiply(product, matrix, out=gradient[part])
         if matrix.requires_grad:
             if matrix.grad is None:
                 matrix.grad = torch.zeros_like(matrix)
-            matrix.grad.addmm_(product.t(), hidden[part])
+            head.multiply(product.t(), hidden[part], matrix.grad, matrix.grad)
     return losses, right, gradient
 
 

@@ -148,6 +148,17 @@ def clock() -> float:
     return time.monotonic()
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """While inside, torch computes with so many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def product_rate(dtype: torch.dtype) -> float:
     """Floating-point operations a second of one thread in a product as a step has many of (ROWS rows, 1,536 x 576), in
     bfloat16 or float32. On the CPU."""
@@ -161,17 +172,12 @@ def _product_rates() -> dict[torch.dtype, float]:
     kinds = (torch.bfloat16, torch.float32)
     made = {kind: (torch.ones(ROWS, 576, dtype=kind), torch.ones(1536, 576, dtype=kind)) for kind in kinds}
     best = dict.fromkeys(kinds, math.inf)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            for _ in range(60):
-                for kind, (rows, weight) in made.items():
-                    begun = time.perf_counter()
-                    torch.nn.functional.linear(rows, weight)
-                    best[kind] = min(best[kind], time.perf_counter() - begun)
-    finally:
-        torch.set_num_threads(threads)
+    with threads(1), torch.inference_mode():
+        for _ in range(60):
+            for kind, (rows, weight) in made.items():
+                begun = time.perf_counter()
+                torch.nn.functional.linear(rows, weight)
+                best[kind] = min(best[kind], time.perf_counter() - begun)
     return {kind: 2 * ROWS * 576 * 1536 / seconds for kind, seconds in best.items()}
 
 

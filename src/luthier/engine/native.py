@@ -1,4 +1,4 @@
-"""native.cpp as a library: compiled where a compiler is, by whoever first needs it, and kept.
+"""Our kernels' sources as a library: compiled where a compiler is, by whoever first needs it, and kept.
 
 Nothing has to be compiled for Luthier to work (kernels.py). The library lies beside Python's own compiled files, or in
 the cache where those may not be written; its name is the hash of all that decides what is in it: the source, the
@@ -21,7 +21,7 @@ import torch
 from luthier.engine.tiles import KEYS, QUERIES
 from luthier.settings import load_settings
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "attention.cpp", "halves.cpp", "native.cpp"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 PATIENCE = 120  # seconds for the compiler, which needs two
 
@@ -41,11 +41,11 @@ def built() -> Path:
     compiler = shutil.which("g++")
     if compiler is None:
         raise Unavailable("no C++ compiler was found: g++ makes them in seconds, once")
-    source = SOURCE.read_bytes()
+    source = [path.read_bytes() for path in SOURCES]
     version = _run(compiler, "--version").stdout
     decides = repr((source, FLAGS, QUERIES, KEYS, compiler, version, _processor()))
     name = f"native-{hashlib.sha256(decides.encode()).hexdigest()[:24]}.so"
-    places = [SOURCE.parent / "__pycache__", load_settings().cache_dir / "native"]
+    places = [SOURCES[0].parent / "__pycache__", load_settings().cache_dir / "native"]
     for place in places:
         if (place / name).is_file():
             return place / name
@@ -55,7 +55,7 @@ def built() -> Path:
             with tempfile.TemporaryDirectory(dir=place, prefix="native-") as folder:
                 beside = Path(folder) / "library.so"
                 sizes = (f"-DLUTHIER_QUERIES={QUERIES}", f"-DLUTHIER_KEYS={KEYS}")
-                done = _run(compiler, *FLAGS, *sizes, str(SOURCE), "-o", str(beside))
+                done = _run(compiler, *FLAGS, *sizes, *(str(path) for path in SOURCES if path.suffix == ".cpp"), "-o", str(beside))
                 if done.returncode:
                     raise Unavailable(f"{compiler} failed: {' '.join(done.stderr.split())[:300]}")
                 os.replace(beside, place / name)

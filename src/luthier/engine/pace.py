@@ -180,7 +180,7 @@ def _key(ready: Ready) -> str:
     """What decides how long the same work takes: machine, base, method, and our code."""
     code = hashlib.sha256()
     code.update(kernels.whose().encode())
-    for path in sorted([*Path(__file__).parent.glob("*.py"), native.SOURCE]):
+    for path in sorted([*Path(__file__).parent.glob("*.py"), *native.SOURCES]):
         code.update(path.read_bytes())
     shapes = [(name, list(value.shape)) for name, value in ready.masters.values.items()]
     parts = [

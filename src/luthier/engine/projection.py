@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.engine.products import Product, whole
+
 
 @dataclass(frozen=True)
 class Part:
@@ -33,7 +35,8 @@ class Part:
 class Projection:
     """Several linear layers on one input. Raises ValueError for layers that `taken_apart` refuses."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], ahead: Product = whole, back: Product = whole) -> None:
+        self.ahead, self.back = ahead, back  # what multiplies on the way forward, and on the way back
         self.parts: list[Part] = []
         scales: list[Tensor] = []
         outputs = ranks = 0
@@ -89,9 +92,8 @@ class Projection:
             low = torch.mm(wide[:, : self.inputs], self.down.t()).mul_(self.scale)
             wide[:, self.inputs :] = low
         if plus is not None and not self.biased and plus.dtype == wide.dtype:
-            return torch.addmm(plus, wide, self.matrix.t()), low
-        bias = self._bias()
-        output = torch.mm(wide, self.matrix.t()) if bias is None else torch.addmm(bias, wide, self.matrix.t())
+            return self.ahead(wide, self.matrix.t(), plus), low
+        output = self.ahead(wide, self.matrix.t(), self._bias())
         return (output if plus is None else output + plus), low
 
     def _bias(self) -> Tensor | None:
@@ -121,8 +123,11 @@ class Backward:
     def input(self) -> Tensor:
         """Gradient of x, [T, K]."""
         projection = self.projection
-        into = torch.mm(self.grad, projection.matrix[:, : projection.inputs])
-        return into.addmm_(self.into_low, projection.down) if projection.ranks else into
+        matrix = projection.matrix[:, : projection.inputs]
+        if not projection.ranks:
+            return projection.back(self.grad, matrix)
+        into = torch.mm(self.into_low, projection.down)
+        return projection.back(self.grad, matrix, into, into)
 
     def weights(self, x: Tensor) -> list[Tensor]:
         """Gradients of `learning`, in its order, from the input x [T, K]."""
@@ -131,7 +136,7 @@ class Backward:
         for part in self.projection.parts:
             grad = self.grad[:, part.rows]
             if part.weight.requires_grad:
-                found.append(torch.mm(grad.t(), x))
+                found.append(self.projection.back(grad.t(), x))
             if part.bias is not None and part.bias.requires_grad:
                 found.append(grad.sum(0, dtype=torch.float32).to(grad.dtype))
             if part.a is not None and part.a.requires_grad:

@@ -76,7 +76,7 @@ def _chunks(rows: Rows) -> list[tuple[slice, str]]:
 def _place(ready: Ready) -> Path:
     """A file for each start and way to compute it: base, parent, numbers, kernels, micro-batches and our code."""
     code = hashlib.sha256()
-    for path in sorted([*Path(__file__).parent.glob("*.py"), native.SOURCE]):
+    for path in sorted([*Path(__file__).parent.glob("*.py"), *native.SOURCES]):
         code.update(path.read_bytes())
     settings, weight = ready.settings, next(ready.model.parameters())
     parts = [

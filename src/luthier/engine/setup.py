@@ -34,6 +34,7 @@ from luthier.engine import (
     models,
     parent,
     planner,
+    products,
     publish,
     reading,
     step,
@@ -52,7 +53,7 @@ from luthier.spec.job import (
 )
 from luthier.spec.run import RunFolder, write_json
 
-SELF_CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # share of the loss
+SELF_CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}  # share of the loss
 
 
 @dataclass
@@ -154,6 +155,7 @@ def make_ready(
         model, state = forebear.attach(base, request)
     else:
         model = models.attach(base, request, settings)
+    products.choose(step.inner(model), precision == "float16")
     if (reason := layers.fuse(step.inner(model))) is not None:
         emit("phase", name="load", message=f"Layers go through transformers and PEFT, which is slower: {reason}")
     trainable = models.trainable(model)
@@ -244,19 +246,38 @@ def _of_the_first(number: int) -> int:
 
 
 def _precision(request: TrainRequest, folder: Path, resumed: dict[str, Any] | None, emit: Emit) -> models.Precision:
-    """The one asked for; else the one that the run began with; else what suits this machine, the first rank's."""
+    """The one asked for; else the one that the run began with; else what suits this machine, the first rank's.
+    Raises BadSetting for halves where there are none; a run that began with them goes on without, and is told."""
+    known: tuple[models.Precision, ...] = ("float32", "bfloat16", "float16")
     if request.precision != "auto":
-        return request.precision
-    if resumed is not None:
-        return "float32" if resumed["settings"]["precision"] == "float32" else "bfloat16"
-    precision, why = models.training_precision(folder)
-    if why:
-        emit("phase", name="load", message=why)
-    return "float32" if _of_the_first(precision == "float32") else "bfloat16"
+        precision = request.precision
+    elif resumed is not None:
+        precision = known[known.index(resumed["settings"]["precision"])]
+    else:
+        precision, why = models.training_precision(folder)
+        if why:
+            emit("phase", name="load", message=why)
+        return known[_of_the_first(known.index(precision))]
+    if precision == "float16" and (lack := products.absent()):
+        if resumed is None:
+            raise BadSetting(
+                f"--precision float16: {lack}.",
+                param="precision",
+                hint="Choose float32, or auto: what suits the machine.",
+            )
+        message = f"The run began with products of float16 numbers and goes on in float32: {lack}"
+        emit("warning", message=message, hint="")
+    return precision
 
 
 def settle(
-    request: TrainRequest, train: Rows, seed: int, max_length: int, precision: str, hidden_size: int, micro_tokens: int
+    request: TrainRequest,
+    train: Rows,
+    seed: int,
+    max_length: int,
+    precision: models.Precision,
+    hidden_size: int,
+    micro_tokens: int,
 ) -> Settings:
     """Every "auto" becomes a number."""
     rows = train.examples
@@ -279,7 +300,7 @@ def settle(
         seed=seed,
         max_length=max_length,
         micro_tokens=micro_tokens,
-        precision="bfloat16" if precision == "bfloat16" else "float32",
+        precision=precision,
         alpha=2.0 * request.rank if request.alpha is None else request.alpha,
         beta=(AUTO_BETA if request.beta == "auto" else request.beta) if request.prefers else None,
     )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.engine import attention, forest, layers, loss
+from luthier.engine import attention, forest, layers, loss, products
 from luthier.engine.attention import Trunk
 from luthier.engine.forest import Forest, Row
 
@@ -93,7 +93,7 @@ def hidden_states(model: Any, tree: Forest, trunk: Trunk | None = None, becomes:
     the forest, as a trunk, leaves for those that follow."""
     device = next(model.parameters()).device
     base = inner(model)
-    plan = attention.Plan(tree, device, trunk, becomes)
+    plan = attention.Plan(tree, device, trunk, becomes, products.chosen(base))
     ids, sources = (torch.from_numpy(array).to(device) for array in (tree.token_ids, tree.sources))
     fused = layers.of(base)
     with attention.active(plan):

@@ -21,6 +21,7 @@ Method = str  # lora | rslora | dora | pissa | full | freeze:N
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
+TrainPrecision = Literal["auto", "bfloat16", "float32", "float16"]
 Objective = Literal["supervised", "dpo"]
 AUTO_TEMPLATE = "auto"  # of `template`: the model's own, or another where the own one cannot say the data's tools
 AUTO_SHARE, MOST_HELD_OUT = 0.1, 500  # of `validation: auto`
@@ -133,7 +134,11 @@ class TrainRequest(BaseModel):
     )
     max_length: PositiveInt | Auto = Field(default="auto", description="Longest row in tokens.")
     overlong: Overlong = Field(default="error", description="What to do with rows over --max-length.")
-    precision: Precision = Field(default="auto", description="Weights and activations; masters are always float32.")
+    precision: TrainPrecision = Field(
+        default="auto",
+        description="Weights and activations; masters are always float32. float16: both in float32, large products of "
+        "float16 numbers with float32 totals, on processors that have them.",
+    )
     micro_tokens: PositiveInt | Auto = Field(default="auto", description="Physical tokens in one forward pass.")
     checkpoint_every: PositiveInt | Literal["epoch"] = Field(
         default="epoch", description="Steps between checkpoints, or `epoch`."
@@ -274,7 +279,7 @@ class Settings(BaseModel):
     seed: int
     max_length: int
     micro_tokens: int
-    precision: Literal["bfloat16", "float32"]
+    precision: Literal["bfloat16", "float32", "float16"]
     alpha: float
     beta: float | None = None
 
