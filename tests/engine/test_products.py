@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from luthier.engine import kernels, layers, loss, machine, models, products, step
+from luthier.engine.tiles import Tiles
 from tests import tiny as tiny_models
 from tests.engine import runs
 from tests.engine.test_forest import Gradients, rows_of
@@ -100,6 +103,52 @@ def test_zeros_and_the_smallest_and_largest_numbers() -> None:
     assert (products.halved(torch.full((64, 256), 1e-45), b).abs() < 1e-40).all()
 
 
+@here
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(9, 3, 64), (4, 1, 256), (2, 2, 96)])
+@pytest.mark.parametrize("window", [None, 100])
+def test_attention_in_halves(heads: int, key_heads: int, size: int, window: int | None) -> None:
+    """Beside float32: no further off than inputs rounded to bfloat16 are; gradients of any size."""
+    tokens, before = 300, 70
+    generator = torch.Generator().manual_seed(0)
+    query, grad = (torch.randn(1, heads, tokens, size, generator=generator) for _ in range(2))
+    key, value = (torch.randn(1, key_heads, before + tokens, size, generator=generator) for _ in range(2))
+    key[:, :, 0] *= 30
+    grad *= 10.0 ** torch.arange(-9, 1).repeat_interleave(30)[:, None]  # of no two tiles alike
+    tiles = Tiles.of([(0, 130, -1), (130, 300, -1)], np.r_[np.arange(70, 200), np.arange(70, 240)], window, before)
+
+    def computed(halved: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, grad = inputs
+        output, lse = kernels.attention(query, key, value, tiles, size**-0.5, halved)
+        return (output, *kernels.attention_backward(grad, query, key, value, output, lse, tiles, size**-0.5, halved))
+
+    exact = computed(False, query, key, value, grad)
+    rounded = computed(False, *(tensor.bfloat16().float() for tensor in (query, key, value, grad)))
+    for name, one, other, truth in zip(
+        ("output", "query", "key", "value"), computed(True, query, key, value, grad), rounded, exact, strict=True
+    ):
+        near, wanted = float((one - truth).norm() / truth.norm()), float((other - truth).norm() / truth.norm())
+        assert 0 < near < wanted, name
+
+
+@here
+def test_attention_in_halves_of_the_largest_numbers() -> None:
+    """Everything at its bound: one key that all see alone, and gradients of one sign."""
+    tokens, size = 200, 64
+    query, key, value, grad = (torch.full((1, 1, tokens, size), float(number)) for number in (1.99, 15.9, 15.9, 0.99))
+    value[..., ::2, :] *= -1
+    tiles = Tiles.of([(0, tokens, -1)], np.arange(tokens), None, 0)
+    found = []
+    for halved in (True, False):
+        output, lse = kernels.attention(query, key, value, tiles, 1.0, halved)
+        found.append((output, *kernels.attention_backward(grad, query, key, value, output, lse, tiles, 1.0, halved)))
+    slope = (
+        size * 15.9 * 0.99
+    )  # of a score, at most; what comes back to queries and keys are sums of those, which cancel
+    for one, other, most in zip(*found, (15.9, slope * 15.9, slope * 1.99 * tokens, 0.99 * tokens), strict=True):
+        assert one.isfinite().all()
+        assert float((one - other).abs().max()) < 2e-3 * most
+
+
 def test_what_is_small_or_not_float32_is_torchs() -> None:
     for a, b in (
         (torch.randn(63, 300), torch.randn(300, 200)),
@@ -132,7 +181,7 @@ def test_gradients_through_layers_and_head(family: str, method: str) -> None:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smallest model whose products are large enough."""
     folder = tmp_path_factory.mktemp("base") / "model"
-    return tiny_models.make_model(folder, hidden=192, heads=3, kv_heads=1, layers=1)
+    return tiny_models.make_model(folder, hidden=192, heads=3, kv_heads=1, layers=products.EXACT + 2)
 
 
 @here
@@ -140,11 +189,16 @@ def test_a_run_in_halves(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """It learns what float32 learns, resumed or not to the bit, and its result answers in float32."""
     data = runs.write(tmp_path / "rows.jsonl", runs.chats(24))
     options: dict[str, Any] = {"epochs": 2, "checkpoint_every": 1, "validation": "0.2"}
-    used = []
-    product = kernels.product_of_halves
-    monkeypatch.setattr(kernels, "product_of_halves", lambda *args: used.append(1) or product(*args))
+    names = ("product_of_halves", "attention", "attention_backward")
+    used = {name: mock.Mock(wraps=getattr(kernels, name)) for name in names}
+    for name, kernel in used.items():
+        monkeypatch.setattr(kernels, name, kernel)
     whole = runs.train(tmp_path / "whole", base, data, precision="float16", **options)
-    assert used
+    assert used["product_of_halves"].called
+    for name in names[1:]:
+        assert {call.args[-1] for call in used[name].call_args_list} == (
+            {True} if "backward" in name else {True, False}
+        )
     assert json.loads(whole.spec.read_text())["settings"]["precision"] == "float16"
     plain = runs.losses(runs.train(tmp_path / "plain", base, data, precision="float32", **options))
     assert runs.losses(whole) == pytest.approx(plain, rel=2e-3)

@@ -55,7 +55,14 @@ def built() -> Path:
             with tempfile.TemporaryDirectory(dir=place, prefix="native-") as folder:
                 beside = Path(folder) / "library.so"
                 sizes = (f"-DLUTHIER_QUERIES={QUERIES}", f"-DLUTHIER_KEYS={KEYS}")
-                done = _run(compiler, *FLAGS, *sizes, *(str(path) for path in SOURCES if path.suffix == ".cpp"), "-o", str(beside))
+                done = _run(
+                    compiler,
+                    *FLAGS,
+                    *sizes,
+                    *(str(path) for path in SOURCES if path.suffix == ".cpp"),
+                    "-o",
+                    str(beside),
+                )
                 if done.returncode:
                     raise Unavailable(f"{compiler} failed: {' '.join(done.stderr.split())[:300]}")
                 os.replace(beside, place / name)
