@@ -96,6 +96,7 @@ class Layer:
         self.attention = attention
         self.gate = pointwise.GATES[activation]
         self.head_size: int = attention.head_dim
+        self.halved = multiply[-1] is products.halved  # then gate and up are kept in half of their size
         self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], *multiply)
         self.o = Projection([attention.o_proj], *multiply)
         self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], *multiply)
@@ -254,6 +255,8 @@ class _Outward(torch.autograd.Function):
         output, low_d, end = _closed(layer.down, wide, layer.after_mlp, middle)
         ctx.save_for_backward(attended)
         ctx.layer = layer
+        if layer.halved:
+            both = both.bfloat16()
         ctx.kept = (middle, inverse, both, (low_o, low_g, low_d), after, end)
         return output
 
@@ -263,6 +266,7 @@ class _Outward(torch.autograd.Function):
         middle, inverse, both, (low_o, low_g, low_d), after, end = ctx.kept
         (attended,) = ctx.saved_tensors
         ctx.kept = None
+        both = both.to(attended.dtype)
         before_end, end_weights = _opened(grad, layer.after_mlp, end, both.dtype)
         back = layer.down.backward(before_end, low_d)
         into, half = back.input(), layer.down.inputs
