@@ -19,7 +19,7 @@ from benchmarks.training.systems import SYSTEMS, System
 from benchmarks.training.workloads import CASES, Case
 
 Found = dict[str, Any]
-CEILINGS = ("bfloat16", "float32", "gigabytes")  # GFLOP/s, GFLOP/s, GB/s
+CEILINGS = ("bfloat16", "float32", "float16", "gigabytes")  # GFLOP/s three times, GB/s
 MACHINE = ("processor", "capability", "cores", "memory_bytes", "torch", "threads")
 
 
@@ -37,7 +37,9 @@ def of_case(place: Place, series: str, case: Case, clock: str = "wall") -> Found
         return None
     work = _Work(place, case)
     ceilings = [found for path in rounds if (found := runs.load(path / "ceiling" / "result.json"))]
-    peak = max(statistics.median(found[kind] for found in ceilings) for kind in CEILINGS[:2]) if ceilings else None
+    peak = (
+        max(statistics.median(found.get(kind, 0) for found in ceilings) for kind in CEILINGS[:3]) if ceilings else None
+    )
     if peak and clock == "cpu":
         peak /= ceilings[0]["threads"]
     times = {name: _times(rounds, name, clock) for name in SYSTEMS}
@@ -52,7 +54,9 @@ def of_case(place: Place, series: str, case: Case, clock: str = "wall") -> Found
         "logical_tokens": work.flat.tokens,
         "physical_tokens": work.shared.tokens,
         "supervised_tokens": work.flat.predicting,
-        "ceiling": {key: statistics.median(found[key] for found in ceilings) for key in CEILINGS} if ceilings else None,
+        "ceiling": {key: statistics.median(found.get(key, 0) for found in ceilings) for key in CEILINGS}
+        if ceilings
+        else None,
         "machine": {key: ceilings[0].get(key) for key in MACHINE} if ceilings else None,
         "load": [round(found["load"], 1) for found in ceilings if "load" in found],
         "systems": [line for line in lines if line],

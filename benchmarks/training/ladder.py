@@ -36,7 +36,7 @@ def _blocks(stack: ExitStack) -> None:
 
     graphs: dict[int, Any] = {}  # by the address of a layer's output, from its forward to its backward
 
-    def forward(query: Any, key: Any, value: Any, plan: Any, window: int | None, scale: float) -> Any:
+    def forward(query: Any, key: Any, value: Any, plan: Any, window: int | None, scale: float, *_: int) -> Any:
         inputs = [part.detach().requires_grad_() for part in (query, key, value)]
         with torch.enable_grad():
             output = attention.masked_attention(*inputs, plan.dense(window), scale)
@@ -93,15 +93,22 @@ def _head(stack: ExitStack) -> None:
 
 
 def _precision(stack: ExitStack) -> None:
-    """Weights and activations in the other one of bfloat16 and float32, which the processor multiplies slower."""
+    """Weights and activations in bfloat16, or in float32 where it would be bfloat16."""
     from luthier.engine import setup
 
     asked = setup._precision
 
     def other(*given: Any) -> str:
-        return "bfloat16" if asked(*given) == "float32" else "float32"
+        return "float32" if asked(*given) == "bfloat16" else "bfloat16"
 
     stack.enter_context(mock.patch.object(setup, "_precision", other))
+
+
+def _halves(stack: ExitStack) -> None:
+    """Products of float32 numbers where they would be of float16."""
+    from luthier.engine import products
+
+    stack.enter_context(mock.patch.object(products, "chosen", return_value=False))
 
 
 def _kernels(stack: ExitStack) -> None:
@@ -114,6 +121,7 @@ def _kernels(stack: ExitStack) -> None:
 RUNGS = {
     "sharing": _sharing,
     "packing": _packing,
+    "halves": _halves,
     "kernels": _kernels,
     "blocks": _blocks,
     "fused": _fused,

@@ -35,8 +35,9 @@ measured in every round. A step's time includes taking rows, planning, collating
 tokenising are not in it. Memory is the most that the process itself has held. Ratios are medians over rounds of the two
 times of a round, with a bootstrapped 95 % interval.
 MFU counts what a step cannot do without: physical with shared prefixes once, effective with each row alone; both
-against the ceiling of the same rounds. A trainer whose step does not end within a run is timed by its finished
-micro-batches after the first, scaled by tokens; the update, which is small beside them, is then not in it.
+against the ceiling of the same rounds, the highest of torch's products in bfloat16 and float32 and ours of float16. A
+trainer whose step does not end within a run is timed by its finished micro-batches after the first, scaled by tokens;
+the update, which is small beside them, is then not in it.
 
 **Time to a loss.** The held-out loss by step comes from a run of its own, measured by one float32 model for everybody;
 steps become seconds by the pace of the rounds. All learn at the same rate from the same start, rows in the same order.
@@ -109,6 +110,7 @@ def _case(case: Found) -> str:
     ceiling = case["ceiling"]
     machine = (
         f"Ceiling in these rounds: {ceiling['bfloat16']:.0f} GFLOP/s bfloat16, {ceiling['float32']:.0f} float32, "
+        f"{ceiling['float16']:.0f} float16 (ours), "
         f"{ceiling['gigabytes']:.0f} GB/s. Load before each round: {', '.join(map(str, case['load']))}."
         if ceiling
         else "The ceiling was not measured."

@@ -48,7 +48,7 @@ def place(tmp_path: Path) -> runs.Place:
         write(stages.gate_folder(place, case, SYSTEMS[name]) / "verdict.json", verdict)
     for number, flat in enumerate((6.0, 8.0), 1):
         folder = stages.series_folder(place, "a", case) / f"round-{number}"
-        ceiling: dict[str, object] = {"bfloat16": 400.0, "float32": 200.0, "gigabytes": 30.0}
+        ceiling: dict[str, object] = {"bfloat16": 400.0, "float32": 200.0, "float16": 300.0, "gigabytes": 30.0}
         ceiling |= {"processor": "One", "capability": "AVX512", "cores": 2, "memory_bytes": 24e9, "load": 0.25}
         ceiling |= {"torch": "2.13.0", "threads": 2}
         write(folder / "ceiling" / "result.json", ceiling)

@@ -25,6 +25,7 @@ class Spent(Exception):
 
 def train(job: jobs.Job) -> jobs.Record:
     """Carry out the job in this process. Raises whatever the engine raises."""
+    from luthier.engine import models
     from luthier.engine import train as engine
     from luthier.spec.job import make_request
     from luthier.spec.run import RunFolder
@@ -43,7 +44,7 @@ def train(job: jobs.Job) -> jobs.Record:
         "warmup": 0.0,
         "seed": 0,
         "checkpoint_every": 1_000_000,
-        "precision": "auto",
+        "precision": "auto" if job.precision == models.quicker() else job.precision,
     }
     request = make_request(options)
     run = RunFolder(Path(job.out) / "run").create(request.model_dump(exclude_unset=True))
