@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from luthier.engine import kernels, layers, loss, machine, models, products, step
+from luthier.engine import forest, kernels, layers, loss, machine, models, products, step
 from luthier.engine.tiles import Tiles
 from tests import tiny as tiny_models
 from tests.engine import runs
 from tests.engine.test_forest import Gradients, rows_of
-from tests.engine.test_layers import adapted, learnt, make, stop_after
+from tests.engine.test_layers import adapted, kept, learnt, make, stop_after
 
 here = pytest.mark.skipif(bool(products.absent()), reason=f"no products of halves: {products.absent()}")
 SIZES = st.integers(1, 250)
@@ -175,6 +175,20 @@ def test_gradients_through_layers_and_head(family: str, method: str) -> None:
     near = {name: torch.nn.functional.cosine_similarity(flat[name], flat["float32"], dim=0) for name in flat}
     wrong = {name: 1 - float(value) for name, value in near.items()}
     assert 0 < wrong["float16"] < min(wrong["bfloat16"] / 2, 1e-4)
+
+
+@here
+def test_gate_and_up_are_kept_in_half_of_their_size() -> None:
+    sizes = {"hidden_size": 192, "intermediate_size": 256, "head_dim": 48, "num_key_value_heads": 4}
+    tree = forest.build(rows_of([70, 90, 40], 60, 1))
+    held = {}
+    for halved in (False, True):
+        model = adapted(make("llama", **sizes))
+        products.choose(step.inner(model), halved)
+        assert layers.fuse(step.inner(model)) is None
+        held[halved] = kept(step.hidden_states(model, tree), model)
+    rows = tree.tokens + len(tree.sources)  # of the last layer only what is learnt
+    assert held[False] - held[True] == 2 * 2 * sizes["intermediate_size"] * rows
 
 
 @pytest.fixture(scope="module")

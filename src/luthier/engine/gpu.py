@@ -1,6 +1,6 @@
 """Kernels of our own for GPUs, written in Triton, which comes with torch's CUDA build (Tillet et al., 2019).
 
-What kernels.py asks of native.cpp on processors, with the same arguments: each goes over memory once, in float32, and
+What kernels.py asks of the C++ on processors, with the same arguments: each goes over memory once, in float32, and
 rounds once. A program has some whole rows, or a piece of one, to itself and no two write to one place, so results are
 the same every time. What does not change from call to call (sizes of a row, distances between rows) is known to the
 compiler; the number of rows is not, or each micro-batch would be compiled for anew.

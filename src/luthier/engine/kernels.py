@@ -1,4 +1,4 @@
-"""Kernels of our own for processors (native.cpp) and GPUs (gpu.py), as functions of tensors.
+"""Kernels of our own for processors (the C++ beside it) and GPUs (gpu.py), as functions of tensors.
 
 Where there are none, or where a first trial of them differs from float64, torch's kernels compute everything, and
 `absent` says why. What `fits` refuses is torch's to do. Attention on GPUs is torch's too (varlen.py).

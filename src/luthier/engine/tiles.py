@@ -1,4 +1,4 @@
-"""A forest's queries and keys as small tiles, and which meet: what a kernel of our own walks along (native.cpp).
+"""A forest's queries and keys as small tiles, and which meet: what a kernel of our own walks along (attention.cpp).
 
 Tiles are of one segment each, so a query sees all of another segment's tile, or of its own what lies before it; sliding
 windows hide more, by positions on the path. Pure planning, once a forest and window size; no layer's numbers.
