@@ -19,10 +19,10 @@ EPSILON = 1e-8
 
 
 def adamw(values: Iterable[Tensor], weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """Over all values at once: on a GPU in one kernel, which saves the launches of a dozen, and which takes no values
-    that have gaps between their rows (an adapter in float32 lies in the matrices that are multiplied)."""
+    """In one kernel: on a GPU that saves the launches of a dozen, on a processor most passes over memory. It takes no
+    values that have gaps between their rows (an adapter in float32 lies in the matrices that are multiplied)."""
     values = list(values)
-    fused = all(value.is_cuda and value.is_contiguous() for value in values)
+    fused = all(value.is_contiguous() for value in values)
     return torch.optim.AdamW(
         values, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, foreach=not fused, fused=fused
     )
@@ -113,12 +113,12 @@ class Masters:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        on_gpu = self.optimizer.defaults["fused"]  # where its kernel looks for the number of steps
+        beside = self.optimizer.defaults["fused"]  # its kernel looks for the number of steps there
         for name, value in self.values.items():
             value.copy_(tensors[f"master.{name}"])
             if f"first.{name}" in tensors:
                 self.optimizer.state[value] = {
-                    "step": torch.tensor(float(step), device=value.device if on_gpu else "cpu"),
+                    "step": torch.tensor(float(step), device=value.device if beside else "cpu"),
                     "exp_avg": tensors[f"first.{name}"].to(value.device, copy=True),
                     "exp_avg_sq": tensors[f"second.{name}"].to(value.device, copy=True),
                 }
