@@ -237,7 +237,10 @@ def test_a_run_that_goes_on_where_there_are_none_is_told(
     assert runs.carry_out(run) != 0
     monkeypatch.undo()
     monkeypatch.setattr(kernels, "halves_absent", lambda: "played")
+    asked = mock.Mock(wraps=products.choose)
+    monkeypatch.setattr(products, "choose", asked)
     assert runs.carry_out(run) == 0
+    assert asked.call_args.args[1] is False  # so nothing is kept in less than float32 either
     said = "The run began with products of float16 numbers and goes on in float32: played"
     assert said in [event["message"] for event in runs.events(run, "warning")]
 

@@ -1,6 +1,6 @@
 // Products of float32 matrices, computed on float16 numbers: twice as many fit a vector. Both matrices are scaled by
 // powers of two, piece by piece, and rounded to 11 bits; sums of CHUNK products are float16, their totals float32. So a
-// product is off by less than half of what bfloat16 numbers with float32 sums would make it. kernels.py calls this.
+// product is off by about half of what bfloat16 numbers with float32 sums would make it. kernels.py calls this.
 //
 // The order of loops is that of Goto and van de Geijn (2008, Anatomy of high-performance matrix multiplication). Every
 // number of the result is summed by one thread in one order, so results are repeatable to the bit.

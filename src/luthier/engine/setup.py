@@ -155,7 +155,7 @@ def make_ready(
         model, state = forebear.attach(base, request)
     else:
         model = models.attach(base, request, settings)
-    products.choose(step.inner(model), precision == "float16")
+    products.choose(step.inner(model), precision == "float16" and not products.absent())
     if (reason := layers.fuse(step.inner(model))) is not None:
         emit("phase", name="load", message=f"Layers go through transformers and PEFT, which is slower: {reason}")
     trainable = models.trainable(model)
