@@ -23,7 +23,7 @@ from luthier.settings import load_settings
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "attention.cpp", "halves.cpp", "native.cpp"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-PATIENCE = 120  # seconds for the compiler, which needs two
+PATIENCE = 120  # seconds for the compiler, which needs four
 
 
 class Unavailable(Exception):
