@@ -117,13 +117,21 @@ def test_gates_are_autograds(name: str, rows: int, width: int, dtype: torch.dtyp
     act = torch.nn.functional.silu(one) if name == "silu" else torch.nn.functional.gelu(one, approximate="tanh")
     wanted = act * two
     slopes = torch.autograd.grad(wanted, [one, two], grad.double())
-    out = torch.empty(x.shape, dtype=dtype)
-    gate.apply(x, up, out)
+    both, out, kept = (
+        torch.cat([x, up], dim=1),
+        torch.empty(x.shape, dtype=dtype),
+        torch.empty(rows, 2 * width).bfloat16(),
+    )
+    gate.apply(both, out, kept if again else None)
     assert near(out, wanted.detach().to(dtype))
-    into, place, made = x.clone(), up.clone(), torch.empty(x.shape, dtype=dtype) if again else None
-    gate.back(grad.clone(), into, place, made)
-    assert near(into, slopes[0].to(dtype)) and near(place, slopes[1].to(dtype))
+    assert torch.equal(kept, both.bfloat16()) or not again
+    into, made = torch.empty_like(both), torch.empty(x.shape, dtype=dtype) if again else None
+    gate.back(grad.clone(), both, into, made)
+    for part, slope in zip(into.chunk(2, dim=1), slopes, strict=True):
+        assert near(part, slope.to(dtype))
     assert made is None or torch.equal(made, out)
+    gate.back(grad.clone(), both, both, None)
+    assert torch.equal(both, into)
 
 
 @here
@@ -152,7 +160,7 @@ def test_what_is_not_a_number_stays_none(wrong: float) -> None:
     out = torch.empty(3, 64)
     pointwise.norm(x, torch.ones(64), 1e-6, out)
     assert not bool(out[1].isfinite().all()) and bool(out[[0, 2]].isfinite().all())
-    pointwise.GATES["silu"].apply(x, torch.ones(3, 64), out)
+    pointwise.GATES["silu"].apply(torch.cat([x, torch.ones(3, 64)], dim=1), out)
     assert not bool(out[1].isfinite().all())
     found, _ = kernels.cross_entropy(x.contiguous(), torch.zeros(3, dtype=torch.int64), torch.ones(3), 0.0)
     assert found.isfinite().tolist() == [True, False, True]

@@ -83,6 +83,22 @@ static void take_left(Matrix a, int rows, int deep, uint32_t* into, float* back)
     }
 }
 
+// A square of numbers the other way round, in steps that exchange its quarters, and theirs.
+static inline void turn(bits (&lines)[W]) {
+    for (int far = W / 2; far; far /= 2)
+        for (int i = 0; i < W; i++) {
+            if (i & far) continue;
+            bits first{}, second{};
+            for (int lane = 0; lane < W; lane++) {
+                first[lane] = lane & far ? W + lane - far : lane;
+                second[lane] = lane & far ? W + lane : lane + far;
+            }
+            const bits a = lines[i], b = lines[i + far];
+            lines[i] = __builtin_shuffle(a, b, first);
+            lines[i + far] = __builtin_shuffle(a, b, second);
+        }
+}
+
 // b [deep, columns] as [deep, across * LANES], zeros to the right of it; what undoes its scale.
 static float take_right(Matrix b, int deep, int columns, int across, half* into) {
     const int wide = across * LANES;
@@ -107,18 +123,17 @@ static float take_right(Matrix b, int deep, int columns, int across, half* into)
         }
         return scale.back;
     }
-    for (int n = 0; n < wide; n += 2) {
-        const float *first = n < columns ? b(0, n) : nullptr, *second = n + 1 < columns ? b(0, n + 1) : nullptr;
-        int k = 0;
-        for (; k + W <= deep; k += W) {
-            const bits low = first ? twice(load(first + k) * scale.by) : bits{};
-            const bits high = second ? twice(load(second + k) * scale.by) : bits{};
-            const bits both = (low & 0xffff) | (high & 0xffff0000);
-            for (int lane = 0; lane < W; lane++) std::memcpy(into + (k + lane) * wide + n, (const uint32_t*)&both + lane, 4);
-        }
-        for (; k < deep; k++) {
-            into[k * wide + n] = first ? half(first[k] * scale.by) : half(0);
-            into[k * wide + n + 1] = second ? half(second[k] * scale.by) : half(0);
+    for (int n = 0; n < wide; n += LANES) {  // LANES columns at a time, in pairs: as many numbers of 32 bits as a vector has
+        const int count = std::max(0, std::min(LANES, columns - n));
+        for (int k = 0; k < deep; k += W) {
+            bits lines_of[W];
+            for (int pair = 0; pair < W; pair++) {
+                const bits low = 2 * pair < count ? once(some(b(k, n + 2 * pair), deep - k) * scale.by) : bits{};
+                const bits high = 2 * pair + 1 < count ? once(some(b(k, n + 2 * pair + 1), deep - k) * scale.by) : bits{};
+                lines_of[pair] = low | high << 16;
+            }
+            turn(lines_of);
+            for (int i = 0; i < std::min(W, deep - k); i++) *(bits*)(into + (k + i) * wide + n) = lines_of[i];
         }
     }
     return scale.back;

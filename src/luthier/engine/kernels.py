@@ -223,20 +223,30 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     _library().rotate(_shape(heads), _rows(heads), _at(cos), _at(sin), _rows(out))
 
 
-def gated(gelu: bool, gate: Tensor, up: Tensor, out: Tensor) -> None:
-    """act(gate) * up, [T, N]: SiLU, or GELU by its tanh."""
-    if gate.is_cuda:
-        _gpu().gated(gelu, gate, up, out)
+def gated(gelu: bool, both: Tensor, out: Tensor, kept: Tensor | None = None) -> None:
+    """act(gate) * up [T, N] of gate and up beside each other, [T, 2N]: SiLU, or GELU by its tanh. `kept`: for a copy
+    of them, bfloat16 or float32 (on the CPU)."""
+    if both.is_cuda:
+        _gpu().gated(gelu, *_sides(both), out)
         return
-    _library().gated(gelu, _shape(gate), *map(_rows, (gate, up, out)))
+    places = *_sides(both), out, *_sides(kept)
+    _library().gated(gelu, _shape(out), *map(_rows, places))
 
 
-def gated_backward(gelu: bool, grad: Tensor, gate: Tensor, up: Tensor, again: Tensor | None) -> None:
-    """Gradients into the places of gate and up; act(gate) * up into `again`."""
-    if gate.is_cuda:
-        _gpu().gated_backward(gelu, grad, gate, up, again)
+def gated_backward(gelu: bool, grad: Tensor, both: Tensor, into: Tensor, again: Tensor | None) -> None:
+    """Gradients of gate and up into `into` [T, 2N], which may be `both` itself; act(gate) * up into `again`."""
+    if both.is_cuda:
+        if into is not both:
+            into.copy_(both)
+        _gpu().gated_backward(gelu, grad, *_sides(into), again)
         return
-    _library().gated_backward(gelu, _shape(gate), *map(_rows, (grad, gate, up, again)))
+    places = grad, *_sides(both), *_sides(into), again
+    _library().gated_backward(gelu, _shape(grad), *map(_rows, places))
+
+
+def _sides(both: Tensor | None) -> tuple[Tensor, ...] | tuple[None, None]:
+    """Gate and up [T, N] of [T, 2N]."""
+    return (None, None) if both is None else both.chunk(2, dim=1)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:

@@ -232,11 +232,12 @@ class _Inward(torch.autograd.Function):
         for number, norm in enumerate(layer.head_norms):
             own += norm.backward(into[number], layer.split(joined)[number], head_inverses[number], into[number])
         back = layer.qkv.backward(grad, low)
+        into_normal = back.input() if ctx.needs_input_grad[0] or layer.before.learning else None
         weights = back.weights(layer.before.again(states, inverse)) if layer.qkv.learning else []
-        if not (ctx.needs_input_grad[0] or layer.before.learning):
+        if into_normal is None:
             return (None, None, None, None, *weights, *own)
         out = torch.empty_like(states)
-        first = layer.before.backward(back.input(), states, inverse, out, grads[3])
+        first = layer.before.backward(into_normal, states, inverse, out, grads[3])
         return (out, None, None, None, *first, *weights, *own)
 
 
@@ -250,13 +251,12 @@ class _Outward(torch.autograd.Function):
         inverse = layer.middle.forward(middle, wide[:, : layer.gate_up.inputs])
         both, low_g = layer.gate_up.forward(wide)
         wide = layer.down.room(both)
-        half = layer.down.inputs
-        layer.gate.apply(both[:, :half], both[:, half:], wide[:, :half])
+        kept = torch.empty_like(both, dtype=torch.bfloat16) if layer.halved else None
+        layer.gate.apply(both, wide[:, : layer.down.inputs], kept)
+        both = both if kept is None else kept
         output, low_d, end = _closed(layer.down, wide, layer.after_mlp, middle)
         ctx.save_for_backward(attended)
         ctx.layer = layer
-        if layer.halved:
-            both = both.bfloat16()
         ctx.kept = (middle, inverse, both, (low_o, low_g, low_d), after, end)
         return output
 
@@ -266,25 +266,28 @@ class _Outward(torch.autograd.Function):
         middle, inverse, both, (low_o, low_g, low_d), after, end = ctx.kept
         (attended,) = ctx.saved_tensors
         ctx.kept = None
-        both = both.to(attended.dtype)
-        before_end, end_weights = _opened(grad, layer.after_mlp, end, both.dtype)
+        before_end, end_weights = _opened(grad, layer.after_mlp, end, attended.dtype)
         back = layer.down.backward(before_end, low_d)
-        into, half = back.input(), layer.down.inputs
-        gated = torch.empty_like(into) if layer.down.learning else None
-        layer.gate.back(into, both[:, :half], both[:, half:], gated)
+        into_gated = back.input()
+        gated = torch.empty_like(into_gated) if layer.down.learning else None
+        into = torch.empty_like(both, dtype=attended.dtype) if both.dtype != attended.dtype else both
+        layer.gate.back(into_gated, both, into, gated)
         weights = [*back.weights(gated), *end_weights] if gated is not None else end_weights
-        back = layer.gate_up.backward(both, low_g)
+        del into_gated, gated, both
+        back = layer.gate_up.backward(into, low_g)
+        lower = ctx.needs_input_grad[0] or ctx.needs_input_grad[1] or layer.o.learning or layer.middle.learning
+        lower = lower or (layer.after_attention is not None and layer.after_attention.learning)
+        into_normal = back.input() if lower else None
         if layer.gate_up.learning:
             weights = [*back.weights(layer.middle.again(middle, inverse)), *weights]
-        lower = ctx.needs_input_grad[0] or ctx.needs_input_grad[1] or layer.o.learning or layer.middle.learning
-        if not (lower or (layer.after_attention and layer.after_attention.learning)):
+        if into_normal is None:
             return (None, None, None, *weights)
         out = torch.empty_like(middle)
-        middle_weights = layer.middle.backward(back.input(), middle, inverse, out, grad)
-        before_after, after_weights = _opened(out, layer.after_attention, after, both.dtype)
+        middle_weights = layer.middle.backward(into_normal, middle, inverse, out, grad)
+        before_after, after_weights = _opened(out, layer.after_attention, after, attended.dtype)
         back = layer.o.backward(before_after, low_o)
-        first = back.weights(attended) if layer.o.learning else []
         into_attended = back.input() if ctx.needs_input_grad[1] else None
+        first = back.weights(attended) if layer.o.learning else []
         return (out, into_attended, None, *first, *after_weights, *middle_weights, *weights)
 
 

@@ -98,21 +98,27 @@ static inline void activate(vec x, vec& acted, vec& slope) {
 }
 
 template <bool gelu>
-static void gate_forward(Shape shape, Rows gate, Rows up, Rows out) {
+static void gate_forward(Shape shape, Rows gate, Rows up, Rows out, Rows kept_gate, Rows kept_up) {
 #pragma omp parallel for schedule(static) num_threads(shape.threads)
     for (size i = 0; i < shape.outer; i++)
         for (size d = 0; d < shape.width; d += W) {
+            const vec g = gate.get(i, 0, d), u = up.get(i, 0, d);
             vec acted, slope;
-            activate<gelu>(gate.get(i, 0, d), acted, slope);
-            out.put(i, 0, d, acted * up.get(i, 0, d));
+            activate<gelu>(g, acted, slope);
+            out.put(i, 0, d, acted * u);
+            if (!kept_gate.at) continue;
+            kept_gate.put(i, 0, d, g);
+            kept_up.put(i, 0, d, u);
         }
 }
-extern "C" void gated(int gelu, Shape shape, Rows gate, Rows up, Rows out) {
-    gelu ? gate_forward<true>(shape, gate, up, out) : gate_forward<false>(shape, gate, up, out);
+// Also copies of gate and up, rounded if they are bfloat16, unless their `at` is null.
+extern "C" void gated(int gelu, Shape shape, Rows gate, Rows up, Rows out, Rows kept_gate, Rows kept_up) {
+    gelu ? gate_forward<true>(shape, gate, up, out, kept_gate, kept_up)
+         : gate_forward<false>(shape, gate, up, out, kept_gate, kept_up);
 }
 
 template <bool gelu>
-static void gate_backward(Shape shape, Rows grad, Rows gate, Rows up, Rows again) {
+static void gate_backward(Shape shape, Rows grad, Rows gate, Rows up, Rows into_gate, Rows into_up, Rows again) {
 #pragma omp parallel for schedule(static) num_threads(shape.threads)
     for (size i = 0; i < shape.outer; i++)
         for (size d = 0; d < shape.width; d += W) {
@@ -120,13 +126,15 @@ static void gate_backward(Shape shape, Rows grad, Rows gate, Rows up, Rows again
             vec acted, slope;
             activate<gelu>(gate.get(i, 0, d), acted, slope);
             if (again.at) again.put(i, 0, d, acted * u);
-            gate.put(i, 0, d, g * u * slope);
-            up.put(i, 0, d, g * acted);
+            into_gate.put(i, 0, d, g * u * slope);
+            into_up.put(i, 0, d, g * acted);
         }
 }
-// Gradients in the places of gate and up; act(gate) * up `again`, if its `at` is not null.
-extern "C" void gated_backward(int gelu, Shape shape, Rows grad, Rows gate, Rows up, Rows again) {
-    gelu ? gate_backward<true>(shape, grad, gate, up, again) : gate_backward<false>(shape, grad, gate, up, again);
+// Gradients of gate and up, which may take their places; act(gate) * up `again`, if its `at` is not null.
+extern "C" void gated_backward(int gelu, Shape shape, Rows grad, Rows gate, Rows up, Rows into_gate, Rows into_up,
+                               Rows again) {
+    gelu ? gate_backward<true>(shape, grad, gate, up, into_gate, into_up, again)
+         : gate_backward<false>(shape, grad, gate, up, into_gate, into_up, again);
 }
 
 // Logits [outer, width] into the gradient of their weighted loss; losses [outer], and whether the target was the most

@@ -138,20 +138,27 @@ class Gate:
     options: dict[str, Any]
     gelu: bool | None  # by its tanh; None: a gate that our kernels do not have
 
-    def apply(self, gate: Tensor, up: Tensor, out: Tensor) -> None:
-        if self.gelu is not None and kernels.fits(gate, up, out):
-            kernels.gated(self.gelu, gate, up, out)
+    def apply(self, both: Tensor, out: Tensor, kept: Tensor | None = None) -> None:
+        """Of gate and up beside each other, [T, 2N], into `out` [T, N]; `kept`: for a copy of `both`."""
+        gate, up = both.chunk(2, dim=1)
+        if self.gelu is not None and kernels.fits(gate, up, out, *(() if kept is None else (kept,))):
+            kernels.gated(self.gelu, both, out, kept)
             return
+        if kept is not None:
+            kept.copy_(both)
         for part in slices(gate):
             self.forward(gate[part], **self.options, out=out[part])
             out[part].mul_(up[part])
 
-    def back(self, grad: Tensor, gate: Tensor, up: Tensor, gated: Tensor | None) -> None:
-        """Puts the gradients of gate and up in their places; `grad` is used up. `gated`, if wanted, is act(gate) * up
-        again."""
-        if self.gelu is not None and kernels.fits(grad, gate, up, *(() if gated is None else (gated,))):
-            kernels.gated_backward(self.gelu, grad, gate, up, gated)
+    def back(self, grad: Tensor, both: Tensor, into: Tensor, gated: Tensor | None) -> None:
+        """The gradients of gate and up into `into` [T, 2N], which may be `both`; `grad` is used up. `gated`, if wanted,
+        is act(gate) * up again."""
+        if self.gelu is not None and kernels.fits(grad, both, into, *(() if gated is None else (gated,))):
+            kernels.gated_backward(self.gelu, grad, both, into, gated)
             return
+        if into is not both:
+            into.copy_(both)
+        gate, up = into.chunk(2, dim=1)
         for part in slices(gate):
             acted = self.forward(gate[part], **self.options, out=torch.empty_like(gate[part]))
             if gated is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.engine.products import Product, whole
+from luthier.engine.products import Product, halved, whole
 
 
 @dataclass(frozen=True)
@@ -113,21 +113,33 @@ class Projection:
 
 
 class Backward:
-    """Gradients of one use of a projection, each made when it is asked for: the input is often needed in between."""
+    """Gradients of one use of a projection, each made when it is asked for, `input` best of all first: the gradient of
+    the input is often needed in between."""
 
     def __init__(self, projection: Projection, grad: Tensor, low: Tensor) -> None:
         self.projection, self.grad, self.low = projection, grad, low
-        inputs = projection.inputs
-        self.into_low = torch.mm(grad, projection.matrix[:, inputs:]).mul_(projection.scale)
+        self._into_low: Tensor | None = None
+
+    @property
+    def into_low(self) -> Tensor:
+        """Gradient of A x, [T, R]."""
+        if self._into_low is None:
+            projection = self.projection
+            self._into_low = torch.mm(self.grad, projection.matrix[:, projection.inputs :]).mul_(projection.scale)
+        return self._into_low
 
     def input(self) -> Tensor:
         """Gradient of x, [T, K]."""
         projection = self.projection
-        matrix = projection.matrix[:, : projection.inputs]
+        inputs, matrix = projection.inputs, projection.matrix
         if not projection.ranks:
             return projection.back(self.grad, matrix)
-        into = torch.mm(self.into_low, projection.down)
-        return projection.back(self.grad, matrix, into, into)
+        if projection.back is not halved or self._into_low is not None:
+            into = torch.mm(self.into_low, projection.down)
+            return projection.back(self.grad, matrix[:, :inputs], into, into)
+        both = projection.back(self.grad, matrix)  # [W | B] at once: the gradient is read, and packed, once
+        self._into_low = both[:, inputs:] * projection.scale
+        return both[:, :inputs].addmm_(self._into_low, projection.down)
 
     def weights(self, x: Tensor) -> list[Tensor]:
         """Gradients of `learning`, in its order, from the input x [T, K]."""
