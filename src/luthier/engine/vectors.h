@@ -86,7 +86,8 @@ constexpr int CHUNK = 64;  // products that are summed in float16 before they ar
 typedef half half_lanes __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef half half_vec __attribute__((vector_size(W * 2), aligned(2), may_alias));
 
-// Sixteen numbers as halves, each in the lower half of its 32 bits or in both: so a factor is read for a whole vector of halves as one float32 would be.
+// Sixteen numbers as halves, in the lower 16 of their 32 bits, or in both parts: so a factor is read for a whole vector of
+// halves as one float32 would be.
 static inline bits once(vec value) {
     return __builtin_convertvector((shorts)__builtin_convertvector(value, half_vec), bits);
 }
