@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.exc import StatementError
 
 from luthier.spec.errors import Broken, NotFound, UserError
@@ -37,6 +38,16 @@ def claim(leases: Leases, worker: str = "w") -> tuple[Job, Lease]:
     claimed = leases.claim(worker, LEASE)
     assert claimed is not None
     return claimed
+
+
+def test_postgresql_never_waits_for_the_rest_of_many_rows(database: Database, jobs: Jobs, leases: Leases) -> None:
+    """A worker that was stopped between them held its job for ever: no time limit of PostgreSQL's counts there."""
+    _, lease = run(jobs, leases)
+    sent: list[str] = []
+    event.listen(database.engine, "before_cursor_execute", lambda *told: sent.append(told[2]))
+    assert leases.append_events(lease, [EventDraft(f"m{n}", n) for n in range(3)]) == 3
+    (inserted,) = (statement for statement in sent if statement.startswith("INSERT INTO job_events"))
+    assert database.is_sqlite or inserted.partition("VALUES")[2].count("), (") == 2
 
 
 def test_first_come_first_served(jobs: Jobs, leases: Leases, clock: Clock) -> None:

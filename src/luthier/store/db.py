@@ -109,6 +109,9 @@ class Database:
                     hint="pip install 'luthier[postgres]'",
                     param="database_url",
                 ) from error
+            # Many rows as one statement. The driver would send one for each, and the word that ends them with the last;
+            # who is stopped in between keeps its locks, as PostgreSQL takes it for busy and not for idle.
+            engine.dialect.use_insertmanyvalues_wo_returning = True
             event.listen(engine, "connect", _prepare_postgres)
             return engine
         self.home.mkdir(parents=True, exist_ok=True)
