@@ -16,7 +16,7 @@ from unittest import mock
 from benchmarks.training.drivers import job as jobs
 from benchmarks.training.drivers import luthier_engine
 
-ATTENTION, LOSS = "attention of the forest", "loss of the targets"
+ATTENTION, LOSS, HALVES = "attention of the forest", "loss of the targets", "product of halves"
 PRODUCTS = (
     "aten::mm",
     "aten::addmm",
@@ -26,6 +26,7 @@ PRODUCTS = (
     "aten::mkldnn",
     "mkldnn::",
     "aten::matmul",
+    HALVES,
 )
 COPIES = ("aten::copy_", "aten::cat", "aten::index", "aten::fill_", "aten::zero_", "aten::empty", "aten::resize_")
 
@@ -62,7 +63,7 @@ def watched(found: dict[str, float]) -> Iterator[None]:
     """Inside, the second step of a run leaves its shares in `found`."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from luthier.engine import attention, loss
+    from luthier.engine import attention, kernels, loss
     from luthier.engine import train as engine
 
     one_step = engine.Loop._one_step
@@ -85,6 +86,7 @@ def watched(found: dict[str, float]) -> Iterator[None]:
     with (
         mock.patch.object(attention, "forward", named(attention.forward)),
         mock.patch.object(attention, "backward", named(attention.backward)),
+        mock.patch.object(kernels, "product_of_halves", named(kernels.product_of_halves, HALVES)),
         mock.patch.object(loss, "_in_place", named(loss._in_place, LOSS)),
         mock.patch.object(engine.Loop, "_one_step", one_step_watched),
     ):
