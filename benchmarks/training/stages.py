@@ -132,7 +132,7 @@ def _able(place: Place, case: Case, systems: Sequence[System]) -> dict[System, i
         if not passed(place, case, system):
             say(f"{case.name} {system.name}: no time, for it has not passed the gate")
         elif micro is None:
-            say(f"{case.name} {system.name}: no time, for its micro-batch has not been swept")
+            say(f"{case.name} {system.name}: no time, for its micro-batch has not been swept: --stage sweep")
         else:
             able[system] = micro
     return able

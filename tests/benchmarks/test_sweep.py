@@ -49,5 +49,5 @@ def test_nobody_is_timed_without_a_gate_or_a_sweep(tmp_path: Path, capsys: pytes
     stages.take_turns(place, case, [SYSTEMS["luthier"], SYSTEMS["flat"]], "a", 0, 1.0, 1)
     assert capsys.readouterr().out.splitlines() == [
         "S3 luthier: no time, for it has not passed the gate",
-        "S3 flat: no time, for its micro-batch has not been swept",
+        "S3 flat: no time, for its micro-batch has not been swept: --stage sweep",
     ]
