@@ -76,7 +76,7 @@ def engine_code() -> str:
     total = hashlib.sha256()
     for room in ("engine", "data"):
         folder = ROOT / "src" / "luthier" / room
-        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.cpp")]):
+        for path in sorted(path for kind in ("*.py", "*.cpp", "*.h") for path in folder.rglob(kind)):
             total.update(path.read_bytes())
     return total.hexdigest()[:10]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from benchmarks.training import figures, report, runs, stages, sweep
 from benchmarks.training.systems import SYSTEMS
 from benchmarks.training.workloads import CASES, HASHES
+
+from luthier.engine import native
 
 PASSED: dict[str, Any] = {
     "passed": True,
@@ -154,3 +157,18 @@ def test_a_run_that_was_ended_from_outside_is_no_verdict(tmp_path: Path) -> None
     with pytest.raises(SystemExit, match="ended from outside"):
         runs.start(place, "flat", tmp_path, None)
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("source", native.SOURCES, ids=lambda path: path.name)
+def test_times_of_other_kernels_are_of_another_series(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their headers too."""
+    before = runs.engine_code()
+    place = Path("src", "luthier", "engine")
+    shutil.copytree(source.parent.parent / "data", tmp_path / place.with_name("data"))
+    shutil.copytree(source.parent, tmp_path / place)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert runs.engine_code() == before
+    (tmp_path / place / source.name).write_bytes(source.read_bytes() + b"\n")
+    assert runs.engine_code() != before
